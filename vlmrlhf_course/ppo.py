@@ -53,32 +53,33 @@ def value_loss(
 
 # %% ../nbs/10_ppo.ipynb #actor
 class ActorCritic(nn.Module):
-    "The trunk in the roles `actor` and `critic`, with a value head. The critic's adapter starts as the reward model's."
-    def __init__(self, vlm: VLM, cfg, like: str | None = None):
+    "The trunk in the role `actor`, and a critic: a value head on the reward model's states, or on a role `critic` of its own."
+    def __init__(self, rm: RewardModel, cfg):
         super().__init__()
-        self.vlm, self.trunk = vlm, vlm.model
-        vlm.add_role("actor", cfg.lora), vlm.add_role("critic", cfg.lora, like=like)
-        self.own = nn.ModuleList(vlm.roles[r] for r in ("actor", "critic") if r in vlm.roles)
-        self.value = ValueHead(vlm.width, vlm.vision_width).to(vlm.device)
+        self.vlm, self.trunk, self.kind = rm.vlm, rm.vlm.model, cfg.critic
+        roles = ("actor", "critic") if cfg.critic == "adapter" else ("actor",)
+        for role in roles: self.vlm.add_role(role, cfg.lora, like="reward" if role == "critic" else None)
+        self.own = nn.ModuleList(self.vlm.roles[r] for r in roles if r in self.vlm.roles)
+        self.value = ValueHead(self.vlm.width, self.vlm.vision_width).to(self.vlm.device)
 
-    def forward(self, batch: Batch, temperature: float = 1.0):
+    def forward(self, batch: Batch, states: torch.Tensor | None = None, temperature: float = 1.0):
         "Log-probabilities (B, A) and entropy (B, A) of the actor, values (B, A+1) of the critic: the last is after the last token."
         logits = self.vlm.rule_out(self.vlm.answer_logits(batch, "actor"))
-        entropy = torch.distributions.Categorical(logits=logits.detach()).entropy()
-        return token_logprobs(logits, batch.answers, temperature), self.values(batch), entropy
+        entropy = torch.distributions.Categorical(logits=logits.detach(), validate_args=False).entropy()
+        return token_logprobs(logits, batch.answers, temperature), self.values(batch, states), entropy
 
-    def values(self, batch: Batch) -> torch.Tensor:
-        h = self.vlm.hidden(batch, "critic")[:, batch.prompt_length - 1:]
-        return self.value(h, batch.features, batch.has_image)
+    def values(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
+        "(B, A+1); `states` (B, A+1, H) are the reward model's, in the kind `head`."
+        if states is None: states = self.vlm.hidden(batch, "critic")[:, batch.prompt_length - 1:]
+        return self.value(states, batch.features, batch.has_image)
 
     def train_roles(self):
         "Let actor and critic learn, and nothing else."
-        self.requires_grad_(False)
         for name, p in self.named_parameters():
             p.requires_grad_(".actor." in name or ".critic." in name or name.startswith(("value.", "own.")))
 
     def role_groups(self):
-        "Trained parameters of actor and critic."
+        "Trained parameters of the actor, and of the critic."
         critic = [p for n, p in self.named_parameters() if p.requires_grad and (".critic." in n or n.startswith(("value.", "own.1.")))]
         ids = {id(p) for p in critic}
         return [p for p in self.parameters() if p.requires_grad and id(p) not in ids], critic
@@ -96,6 +97,7 @@ class PPOConfig:
     micro_batch: int = 64
     pool: int = 2000                  # prompts to draw from
     kinds: dict[str, float] = field(default_factory=lambda: dict(detail=.85, brief=.15))
+    critic: str = "head"              # or `adapter`: see ActorCritic
     actor_lr: float = 1e-3
     critic_lr: float = 2e-3
     clip: float = 0.2
@@ -116,7 +118,7 @@ class PPOConfig:
     eval_every: int = 10
     save_every: int = 10
     keep: str = "best"                # which policy is the result: the best on validation, or the last
-    lora: LoRAConfig = LoRAConfig(r=16, alpha=32)
+    lora: LoRAConfig = LoRAConfig()
     penalty: PenaltyConfig = PenaltyConfig()
 
 
@@ -133,10 +135,11 @@ def answer_scores(
     roll: Rollout,
     cfg: PPOConfig,
     step: int = 0,
-) -> tuple[torch.Tensor, dict]:    # (B,) scores for PPO, and figures
+    states: torch.Tensor | None = None,   # the reward model's, where they are known
+) -> tuple[torch.Tensor, dict]:           # (B,) scores for PPO, and figures
     "The reward of each answer: learned, learned + penalty, or the exact score. An answer without EOS gets `no_eos`."
     said = texts(rm.vlm, roll)
-    learned = rm(roll.batch)
+    learned = rm(roll.batch, states)
     truth = torch.tensor([true_score(p, a) if p.scene else 0. for p, a in zip(roll.prompts, said)], device=learned.device)
     score, info = learned, dict(reward=float(learned.mean()), true_score=float(truth.mean()))  # the truth is logged, not used …
     if cfg.reward == "gold": score = truth - 5                                               # … but here
@@ -155,6 +158,7 @@ class Experience:
     values: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
+    states: torch.Tensor | None   # (B, A+1, H) for the critic's head, where it reads the reward model's
 
 
 @torch.no_grad()
@@ -171,8 +175,10 @@ def make_experience(
     b, vlm = roll.batch, policy.vlm
     mask = b.answer_mask
     ref = token_logprobs(vlm.rule_out(vlm.answer_logits(b)), b.answers, roll.temperature)
-    values = policy.values(b)
-    score, info = answer_scores(rm, roll, cfg, step)
+    states = rm.states(b)
+    score, info = answer_scores(rm, roll, cfg, step, states)
+    states = states[:, b.prompt_length - 1:] if cfg.critic == "head" else None
+    values = policy.values(b, states)
     rewards = token_rewards(score, beta * kl_estimate(roll.logprobs, ref, "k1"), mask)
     after = values.gather(1, b.lengths.unsqueeze(1)).squeeze(1)
     values = values[:, :-1]
@@ -181,7 +187,7 @@ def make_experience(
     var = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
     info |= dict(kl=float(k3.mean()), kl_max=float(k3.max()), kl_token=float(k3.sum() / mask.sum()), length=float(b.lengths.float().mean()),
                  explained_variance=float(1 - masked_mean((returns - values) ** 2, mask) / var.clamp(min=1e-8)), score_std=float(score.std()))
-    return Experience(b, roll.logprobs, values, whiten(advantages, mask, reduce=reduce), returns), info
+    return Experience(b, roll.logprobs, values, whiten(advantages, mask, reduce=reduce), returns, states), info
 
 # %% ../nbs/10_ppo.ipynb #task
 class PPOTask(nn.Module):
@@ -194,18 +200,19 @@ class PPOTask(nn.Module):
         exp, rows = items[0][0], torch.tensor([row for _, row in items])
         b = exp.batch.rows(rows)
         A = b.answers.shape[1]
-        return b, [x[rows][:, :A] for x in (exp.logprobs, exp.values, exp.advantages, exp.returns)]
+        states = None if exp.states is None else exp.states[rows][:, :A + 1]
+        return b, states, [x[rows][:, :A] for x in (exp.logprobs, exp.values, exp.advantages, exp.returns)]
 
     def count(self, batch) -> int: return int(batch[0].answer_mask.sum())
 
     def forward(self, batch):
-        b, (old, old_values, advantages, returns) = batch
+        b, states, (old, old_values, advantages, returns) = batch
         cfg, mask = self.cfg, b.answer_mask
-        logprobs, values, entropy = self.policy(b, cfg.temperature)
+        logprobs, values, entropy = self.policy(b, states, cfg.temperature)
         pg = ppo_policy_loss(logprobs, old, advantages, mask, cfg.clip)
         vf = value_loss(values[:, :-1], old_values, returns, mask, cfg.value_clip)
         n, moved = mask.sum(), ((logprobs - old).exp() - 1).abs() > cfg.clip
-        return pg + cfg.value_coef * vf, dict(policy_loss=float(pg / n), value_loss=float(vf / n), entropy=float(masked_mean(entropy, mask)),
+        return pg + cfg.value_coef * vf, dict(policy_loss=float(pg.detach() / n), value_loss=float(vf.detach() / n), entropy=float(masked_mean(entropy, mask)),
                                               clipped=float(masked_mean(moved.float(), mask)))
 
 # %% ../nbs/10_ppo.ipynb #state
@@ -301,9 +308,8 @@ def ppo_stage(run: Run, arm: str = "ppo") -> VLM:
     uses = {k: run.used[k] for k in ("seed", "world", "sft", "preferences", cfg.reward_model, arm)}
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
-        policy = ActorCritic(rm.vlm, cfg, like="reward")
+        policy = ActorCritic(rm, cfg)
     if not run.done(arm, uses):
-        rm.requires_grad_(False)
         policy.train_roles()
         prompts = sample_prompts(cfg.pool, "train", cfg.kinds, f"ppo/{run.seed}", world)
         validation = sample_prompts(128, "validation", cfg.kinds, f"ppo/{run.seed}", world)

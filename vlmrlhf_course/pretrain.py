@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaForCausalLM, SiglipVisionModel
-from .runs import write_text
+from transformers import LlamaForCausalLM, LlavaForConditionalGeneration, SiglipVisionModel
 from .sft import FitConfig, SFTTask, fit
 from .vlm import VLM, VLMConfig, build_model, build_processor
-from .world import COLOURS, NOUNS, RELATIONS, SIZES, Scene, draw, make_prompt, sample_scenes
+from .world import COLOURS, NOUNS, RELATIONS, SIZES, Scene, WorldConfig, careless, draw, make_prompt, sample_scenes
 
 # %% ../nbs/92_pretrain.ipynb #labels
 LABELS = (len(NOUNS) + 1, len(COLOURS) + 1, len(SIZES) + 1) * 2 + (len(RELATIONS) + 1,)
@@ -56,16 +55,19 @@ class PretrainConfig:
     scenes: int = 24000
     tower: FitConfig = FitConfig(steps=500, lr=2e-3, batch=128, micro_batch=128, save_every=250)
     language: FitConfig = FitConfig(steps=5000, lr=2e-3, batch=32, micro_batch=32, warmup=.02, save_every=500)
+    captions: FitConfig = FitConfig(steps=2500, lr=1e-3, batch=32, micro_batch=32, warmup=.02, save_every=500)
+    sloppy: WorldConfig = WorldConfig(omit=.2, invent=.15, wrong_colour=0., wrong_size=0., wrong_relation=0.)
 
 
 KINDS_SEEN = ["detail"] * 5 + ["brief", "exists", "count", "colour", "colour", "relation", "text"]
 
 
-def language_items(scenes: list[Scene], size: int):
-    "step -> faithful answers to every kind of prompt."
+def language_items(scenes: list[Scene], size: int, sloppy: WorldConfig | None = None):
+    "step -> prompts of every kind with answers: faithful, or as a sloppy captioner gives them."
     def at(step):
-        rng = random.Random(f"pretrain/{step}")
-        return [make_prompt(rng.choice(scenes), rng.choice(KINDS_SEEN), rng) for _ in range(size)]
+        rng = random.Random(f"pretrain/{sloppy is None}/{step}")
+        prompts = [make_prompt(rng.choice(scenes), rng.choice(KINDS_SEEN), rng) for _ in range(size)]
+        return prompts if sloppy is None else [careless(p, rng, sloppy) for p in prompts]
     return at
 
 
@@ -89,9 +91,12 @@ def pretrain(
         vlm.tower.save_pretrained(folder / "tower")
     vlm.tower.load_state_dict(SiglipVisionModel.from_pretrained(folder / "tower").state_dict())
     vlm.tower.requires_grad_(False)
-    torch.manual_seed(seed + 1)
-    fit(SFTTask(vlm), language_items(sample_scenes(cfg.scenes), cfg.language.batch), cfg.language, folder / "fit-language", "language model")
+    scenes = sample_scenes(cfg.scenes)
+    for name, stage, sloppy in (("language", cfg.language, None), ("captions", cfg.captions, cfg.sloppy)):
+        if not (folder / f"after-{name}" / "config.json").is_file():
+            fit(SFTTask(vlm), language_items(scenes, stage.batch, sloppy), stage, folder / f"fit-{name}", name)
+            vlm.model.save_pretrained(folder / f"after-{name}")
+        vlm.model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(folder / f"after-{name}").state_dict())
     language = LlamaForCausalLM(vlm.language.config)
     language.model.load_state_dict(vlm.language.state_dict()), language.lm_head.load_state_dict(vlm.model.lm_head.state_dict())
     language.save_pretrained(folder / "language")
-    vlm.model.save_pretrained(folder / "whole")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['last_real', 'ScoreHead', 'bt_loss', 'RewardConfig', 'RewardModel', 'score_texts', 'group_pairs', 'RewardTask',
-           'pair_accuracy', 'train_reward', 'reward_stage']
+           'pair_accuracy', 'train_reward', 'reward_stage', 'diagnose']
 
 # %% ../nbs/05_reward.ipynb #imports
 import random
@@ -70,7 +70,7 @@ def bt_loss(
 @dataclass(frozen=True)
 class RewardConfig:
     "Adapter, head, loss and training of the reward model. `batch` counts prompts; all pairs of a prompt come along."
-    lora: LoRAConfig = LoRAConfig(r=16, alpha=32)
+    lora: LoRAConfig = LoRAConfig()
     pooling: str = "last"
     norm: str = "layer"
     margin: float = 0.5
@@ -90,9 +90,12 @@ class RewardModel(nn.Module):
         self.own = vlm.roles["reward"] if "reward" in vlm.roles else None
         self.head = ScoreHead(vlm.width, pooling=cfg.pooling, norm=cfg.norm).to(vlm.device)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def states(self, batch: Batch) -> torch.Tensor: return self.vlm.hidden(batch, "reward")   # (B, P+A, H)
+
+    def forward(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
         "Rewards (B,): read after the last answer token, which has seen the picture, the question and the whole answer."
-        return self.head(self.vlm.hidden(batch, "reward")[:, batch.prompt_length:], batch.answer_mask)
+        states = self.states(batch) if states is None else states
+        return self.head(states[:, batch.prompt_length:], batch.answer_mask)
 
     def state(self) -> dict[str, torch.Tensor]:
         "The weights that are the reward model's own: head and adapter (or copy)."
@@ -198,3 +201,18 @@ def reward_stage(run: Run, name: str = "reward") -> RewardModel:
         run.finish(name, uses, **info)
     rm.load(load_file(folder / "reward.safetensors"))
     return rm.requires_grad_(False)
+
+# %% ../nbs/05_reward.ipynb #diagnose
+def diagnose(
+    rewards: torch.Tensor,       # (N,) rewards of many answers
+    train_accuracy: float,
+    accuracy: float,             # on validation pairs
+    image_ablated: float,        # accuracy without the picture
+    text_ablated: float,         # accuracy without the question
+) -> dict[str, tuple[bool, float]]:   # check → (healthy?, its figure)
+    "Is a reward model fit to drive PPO?"
+    z = (rewards - rewards.mean()) / rewards.std().clamp(min=1e-8)
+    return dict(accuracy=(accuracy > .65, accuracy), collapse=(bool(rewards.std() > .05), float(rewards.std())),
+                overfit=(not (train_accuracy > .9 and accuracy < .7), train_accuracy - accuracy),
+                skew=(bool((z.abs() > 3).float().mean() < .05), float((z.abs() > 3).float().mean())),
+                looks=(accuracy - image_ablated > .05, accuracy - image_ablated), reads=(accuracy - text_ablated > -.02, accuracy - text_ablated))

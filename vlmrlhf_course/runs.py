@@ -16,6 +16,7 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 import torch
@@ -160,7 +161,9 @@ class Run:
 def course_run(scale: str = "lesson", **kwargs) -> Run:
     "The run that the chapters share, in the user's cache: one chapter makes it, the next ones read it."
     base = Path(os.environ.get("VLMRLHF_CACHE") or load_settings().cache).expanduser()
-    text = json.dumps([load_layers(scale), kwargs], sort_keys=True, default=str)
+    parts = sorted(str(p) for p in Path(str(files("vlmrlhf_course") / "pretrained")).rglob("*.safetensors"))
+    made_of = [hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in parts]   # new pretrained parts, new artefacts
+    text = json.dumps([version("vlmrlhf_course"), made_of, load_layers(scale), kwargs], sort_keys=True, default=str)
     return Run(base / f"{scale}-{hashlib.sha256(text.encode()).hexdigest()[:8]}", scale, **kwargs)
 
 # %% ../nbs/90_runs.ipynb #acc

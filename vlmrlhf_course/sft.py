@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SFTTask', 'warmup_cosine', 'FitConfig', 'backward_through', 'fit', 'SFTConfig', 'sft_items', 'pretrained_vlm',
-           'train_sft', 'sft_stage', 'judge_model']
+           'train_sft', 'sft_stage', 'judge_model', 'converged']
 
 # %% ../nbs/03_sft.ipynb #imports
 import math
@@ -179,3 +179,14 @@ def judge_model(
     "Let the model describe pictures and judge what it says."
     prompts = [make_prompt(s, "detail", random.Random(0)) for s in scenes]
     return summarise([judge(a, s) for a, s in zip(answer(vlm, prompts, temperature, seed, images=images, role=role), scenes)])
+
+# %% ../nbs/03_sft.ipynb #converged
+def converged(
+    losses: list[float],
+    tolerance: float = 0.05,   # relative improvement that still counts as none
+) -> tuple[bool, float]:       # verdict, relative improvement of the last fifth over the one before
+    "Has a loss curve levelled off?"
+    n = max(1, len(losses) // 5)
+    last, before = sum(losses[-n:]) / n, sum(losses[-2 * n:-n]) / max(1, len(losses[-2 * n:-n]))
+    gain = (before - last) / abs(before)
+    return gain < tolerance, gain

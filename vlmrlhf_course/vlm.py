@@ -139,7 +139,7 @@ class VLM:
         self.tokenizer, self.pad_id, self.eos_id = tok, tok.pad_token_id, tok.eos_token_id
         self.image_token_id = model.config.image_token_id
         self.roles = nn.ModuleDict()
-        self._features, self._prompts, self.encoded = {}, {}, 0
+        self._features, self._prompts, self.encoded, self._stamp = {}, {}, 0, None
 
     @property
     def device(self): return self.model.get_input_embeddings().weight.device
@@ -182,8 +182,11 @@ def features(
     images: list[str],     # picture references, see `open_image`
     chunk: int = 128,      # pictures encoded at once
 ) -> torch.Tensor:         # (len(images), tokens, D): the tower's output, before the projector
-    "Features of pictures; each different picture passes the tower once, as long as the tower is frozen."
-    if any(p.requires_grad for p in self.tower.parameters()): self._features.clear()
+    "Features of pictures; each different picture passes the tower once, as long as the tower is frozen and unchanged. No gradient reaches the tower."
+    # The sum of every weight tensor: version counters miss fused optimizers, `requires_grad` misses loaded weights.
+    stamp = torch.stack([p.detach().sum(dtype=torch.float32) for p in self.tower.parameters()]).tolist()
+    if stamp != self._stamp or any(p.requires_grad for p in self.tower.parameters()): self._features.clear()
+    self._stamp = stamp
     new = [ref for ref in dict.fromkeys(images) if ref not in self._features]
     size = self.model.config.vision_config.image_size
     for i in range(0, len(new), chunk):
@@ -231,7 +234,7 @@ def batch(
 class LoRAConfig:
     "Low-rank adapters on every linear layer of the language model. `r=0` means: no adapter, a full copy of the language model."
     r: int = 16
-    alpha: int = 32
+    alpha: int = 32    # the adapter's output is scaled by alpha / r
     dropout: float = 0.0
 
 

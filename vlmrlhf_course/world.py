@@ -110,9 +110,7 @@ def _pick(rng, place, used, typical):
     rest = [n for n in NOUNS if n not in used and n not in PLACES[place]]
     return rng.choice(home if home and rng.random() < typical else rest)
 
-
 def _thing_for(rng, noun): return Thing(noun, rng.choice(list(COLOURS)), rng.choice(SIZES))
-
 
 def sample_scene(
     rng: random.Random,               # source of randomness
@@ -209,7 +207,7 @@ def _places(group):
     one, two = {"on": ((.5, .27), (.5, .75)), "beside": ((.26, .5), (.76, .5)), "behind": ((.37, .38), (.63, .63))}[group.relation]
     return [(t, *at, .5 if t.size == "large" else .33) for t, at in ((group.thing, one), (group.other, two))]
 
-
+# %% ../nbs/01_world.ipynb #draw-scene
 def draw(
     scene: Scene,
     size: int = 96,  # width and height in pixels

@@ -1,0 +1,31 @@
+# Two commands do everything: `make run` and `make test`. Both set up .venv first, once.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE := 1
+
+.PHONY: run test lab export proof clean
+run: .venv/ready          ## the main job: SFT to report
+	$(BIN)/vlmrlhf run
+
+test: .venv/ready         ## all tests, then every chapter from top to bottom
+	$(BIN)/python -m pytest
+	$(BIN)/nbdev-test --path-glob 'nbs/*.ipynb' --n-workers 1 --timing
+
+lab: .venv/ready          ## JupyterLab on the chapters
+	$(BIN)/jupyter lab nbs
+
+export: .venv/ready       ## chapters to modules
+	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
+
+proof: .venv/ready        ## the slow tests: minutes
+	$(BIN)/python -m pytest -m slow
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

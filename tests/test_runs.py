@@ -1,0 +1,235 @@
+"Settings, overrides, stages, records, metrics and checkpoints."
+import json
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import nn
+
+from vlmrlhf_course.runs import (Checkpoints, MetricLog, Run, Settings, UserError, build_config, course_run, load_layers, load_settings,
+                                 make_accelerator, nearest, read_jsonl, scales, write_jsonl, write_text)
+
+
+@dataclass(frozen=True)
+class Inner:
+    steps: int = 5
+    rate: float = .1
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str = "x"
+    share: float = .5
+    many: tuple[float, ...] = (1., 2.)
+    kinds: dict[str, float] = field(default_factory=lambda: dict(a=1.))
+    inner: Inner = Inner()
+
+
+class TestSettings:
+    def test_defaults_without_a_file(self, tmp_path): assert load_settings(tmp_path) == Settings()
+
+    def test_the_nearest_file_counts(self, tmp_path):
+        (tmp_path / "settings.ini").write_text("[course]\nseed = 1\n")
+        deep = tmp_path / "a" / "b"
+        deep.mkdir(parents=True)
+        assert load_settings(deep) == Settings(seed=1)
+        (tmp_path / "a" / "settings.ini").write_text("[course]\nseed = 7\nscale = smoke\n")
+        assert load_settings(deep) == Settings(seed=7, scale="smoke")
+
+    @pytest.mark.parametrize("text, words", [
+        ("[course]\nsacle = tiny\n", ["settings.ini", "sacle", "did you mean 'scale'"]),
+        ("[course]\nseed = two\n", ["settings.ini", "seed", "whole number", "two"]),
+        ("[course\nseed = 2\n", ["settings.ini"])])
+    def test_faults_name_file_key_and_remedy(self, tmp_path, text, words):
+        (tmp_path / "settings.ini").write_text(text)
+        with pytest.raises(UserError) as e: load_settings(tmp_path)
+        assert all(w in str(e.value) for w in words) and "\n" not in str(e.value)
+
+    @pytest.mark.parametrize("text", [b"[course]\nruns = 100%\n", b"[course]\nruns = \xff\xfe\n"])
+    def test_odd_values(self, tmp_path, text):
+        "A per cent sign, or bytes that are no UTF-8: a value or a UserError, never a stack trace."
+        (tmp_path / "settings.ini").write_bytes(text)
+        try: assert load_settings(tmp_path).runs == "100%"
+        except UserError: pass
+
+
+class TestLayers:
+    def test_scales(self): assert {"lesson", "smoke", "tiny"} <= set(scales())
+
+    @pytest.mark.parametrize("scale", scales())
+    def test_every_scale_is_valid(self, scale, tmp_path):
+        from vlmrlhf_course.cli import sections
+        run = Run(tmp_path, scale)
+        assert set(run.layers) <= set(sections())
+        for name, (cls, base) in sections().items(): assert isinstance(run.section(name, cls, base), cls)
+
+    def test_overrides_beat_the_file(self):
+        before, after = load_layers("smoke"), load_layers("smoke", ["ppo.iterations=9", "new.key.deep=x"])
+        assert after["ppo"] == {**before["ppo"], "iterations": 9} and after["new"] == {"key": {"deep": "x"}}
+        assert {k: v for k, v in after.items() if k not in ("ppo", "new")} == {k: v for k, v in before.items() if k != "ppo"}
+
+    def test_own_file(self, tmp_path):
+        (tmp_path / "mine.yaml").write_text("ppo: {clip: 0.1}\n")
+        assert load_layers(str(tmp_path / "mine.yaml")) == {"ppo": {"clip": .1}}
+
+    @pytest.mark.parametrize("bad", ["ppo.clip", "ppo=1", "=1"])
+    def test_malformed_override(self, bad):
+        with pytest.raises(UserError, match="section.key=value"): load_layers("smoke", [bad])
+
+    def test_unknown_scale(self):
+        with pytest.raises(UserError, match="did you mean 'smoke'"): load_layers("smok")
+
+    @pytest.mark.parametrize("text", ["ppo: {a: [\n", "- a\n- b\n", "ppo: 3\n"])
+    def test_broken_file(self, tmp_path, text):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(UserError): Run(tmp_path / "out", str(tmp_path / "bad.yaml")).section("ppo", Outer)
+
+
+class TestConfig:
+    def test_values_and_defaults(self):
+        cfg = build_config(Outer, dict(share=1, inner=dict(steps=3)), "s")
+        assert cfg == Outer(share=1., inner=Inner(steps=3)) and isinstance(cfg.inner, Inner) and isinstance(cfg.share, float)
+
+    def test_unknown_key_gets_a_suggestion(self):
+        with pytest.raises(UserError, match=r"unknown key s\.shaer \(did you mean 'share'\?\)"): build_config(Outer, dict(shaer=1), "s")
+        with pytest.raises(UserError, match="stesp.*steps"): build_config(Outer, dict(inner=dict(stesp=1)), "s")
+
+    @pytest.mark.parametrize("values", [dict(share="much"), dict(inner=dict(steps=2.5)), dict(inner=3), dict(many="x"), dict(kinds=dict(a="b")), dict(name=None)])
+    def test_wrong_types(self, values):
+        with pytest.raises(UserError, match="^s: ") as e: build_config(Outer, values, "s")
+        assert "\n" not in str(e.value)
+
+    def test_nearest(self):
+        assert nearest("clpi", ["clip", "beta"]) == " (did you mean 'clip'?)" and nearest("zzzz", ["clip", "beta"]) == ""
+
+    def test_sections_inherit(self, tmp_path):
+        (tmp_path / "f.yaml").write_text("base: {share: 0.1, name: b}\nchild: {name: c}\n")
+        run = Run(tmp_path, str(tmp_path / "f.yaml"))
+        assert run.section("child", Outer, base="base") == Outer(name="c", share=.1)
+        assert run.section("base", Outer) == Outer(name="b", share=.1) and run.section("other", Outer) == Outer()
+        assert run.used["child"]["name"] == "c" and run.used["child"]["inner"] == dict(steps=5, rate=.1)
+
+
+class TestStages:
+    def test_done_only_with_the_same_settings(self, tmp_path):
+        run = Run(tmp_path, "smoke")
+        uses = dict(seed=0, s=dict(a=1, t=(1, 2)))
+        assert not run.done("stage", uses)
+        run.finish("stage", uses, note=3)
+        assert run.done("stage", uses) and run.info("stage")["note"] == 3
+        assert run.done("stage", dict(s=dict(t=[1, 2], a=1), seed=0)), "order of keys, and tuple or list, do not matter"
+        with pytest.raises(UserError, match=r"stage: made with other settings \(s\.a\)"): run.done("stage", dict(seed=0, s=dict(a=2, t=(1, 2))))
+        with pytest.raises(UserError, match="seed"): run.done("stage", dict(seed=1, s=dict(a=1, t=(1, 2))))
+        with pytest.raises(UserError): run.done("stage", dict(seed=0))
+        assert not run.done("another", uses)
+
+    def test_course_run_has_a_folder_for_each_configuration(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("VLMRLHF_CACHE", str(tmp_path / "cache"))
+        runs = [course_run("smoke"), course_run("smoke", seed=1), course_run("smoke", overrides=["ppo.clip=0.1"]), course_run("lesson")]
+        assert len({r.folder for r in runs}) == 4 and all(r.folder.parent == tmp_path / "cache" for r in runs)
+        assert course_run("smoke").folder == runs[0].folder
+
+
+class TestFiles:
+    def test_write_text_replaces_in_one_step(self, tmp_path, monkeypatch):
+        file = tmp_path / "deep" / "f.txt"
+        write_text(file, "old")
+        monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError): write_text(file, "new, but cut")
+        assert file.read_text() == "old"
+        monkeypatch.undo()
+        write_text(file, "new")
+        assert file.read_text() == "new"
+
+    def test_jsonl_round_trip(self, tmp_path):
+        rows = [dict(a=1, text="é\u2028 \"quoted\""), dict(a=[1, None], text="line\nbreak")]
+        write_jsonl(tmp_path / "r.jsonl", rows)
+        assert read_jsonl(tmp_path / "r.jsonl", ("a", "text")) == rows
+
+    @pytest.mark.parametrize("text, line, word", [('{"a": 1}\n{"a": \n', 2, "JSON"), ('{"a": 1}\n{"a": 2}\n{"b": 2}\n', 3, "'a'"), ('[1]\n', 1, "'a'")])
+    def test_faults_name_file_and_line(self, tmp_path, text, line, word):
+        file = tmp_path / "r.jsonl"
+        file.write_text(text)
+        with pytest.raises(UserError) as e: read_jsonl(file, ("a",))
+        assert str(file) in str(e.value) and f"line {line}" in str(e.value) and word in str(e.value)
+
+    def test_missing_file(self, tmp_path):
+        with pytest.raises(UserError, match="nothing.jsonl"): read_jsonl(tmp_path / "nothing.jsonl")
+
+    def test_not_utf8(self, tmp_path):
+        (tmp_path / "r.jsonl").write_bytes(b'{"a": "\xff"}\n')
+        with pytest.raises(UserError, match="r.jsonl"): read_jsonl(tmp_path / "r.jsonl")
+
+
+class TestMetricLog:
+    def test_resume_drops_steps_that_are_done_again(self, tmp_path):
+        log = MetricLog(tmp_path)
+        for step in range(5): log(step, loss=float(step), phase="main")
+        log.close()
+        log = MetricLog(tmp_path, start=3)
+        assert [r["step"] for r in read_jsonl(log.path)] == [0, 1, 2]
+        log(3, loss=30.)
+        log.close()
+        assert read_jsonl(log.path) == [dict(step=i, loss=float(i), phase="main") for i in range(3)] + [dict(step=3, loss=30.)]
+        assert any((tmp_path / "tensorboard").iterdir())
+
+    def test_only_the_main_process_writes(self, tmp_path):
+        log = MetricLog(tmp_path, main=False)
+        log(0, loss=1.); log.close()
+        assert not any(tmp_path.iterdir())
+
+    def test_a_line_cut_by_a_crash_does_not_stop_the_resume(self, tmp_path):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "lo')
+        MetricLog(tmp_path, start=1).close()
+        assert read_jsonl(tmp_path / "metrics.jsonl") == [dict(step=0, loss=1.)]
+
+
+class Counter:
+    def __init__(self): self.n = 0
+    def state_dict(self): return dict(n=self.n)
+    def load_state_dict(self, state): self.n = state["n"]
+
+
+class TestCheckpoints:
+    def make(self, folder, keep=2):
+        torch.manual_seed(0)
+        accelerator, net, counter = make_accelerator(), nn.Linear(2, 2), Counter()
+        net, opt = accelerator.prepare(net, torch.optim.AdamW(net.parameters(), lr=.1))
+        accelerator.register_for_checkpointing(counter)
+        return Checkpoints(folder, accelerator, keep), net, opt, counter
+
+    def step(self, net, opt, counter):
+        net(torch.ones(1, 2)).pow(2).sum().backward(); opt.step(); opt.zero_grad()
+        counter.n += 1
+
+    def test_continues_exactly(self, tmp_path):
+        saved, net, opt, counter = self.make(tmp_path / "c")
+        assert saved.load() == 0
+        for i in range(1, 6):
+            self.step(net, opt, counter)
+            if i in (1, 2, 3): saved.save(i)
+        want = net.weight.detach().clone()
+        assert saved.steps() == [2, 3] and not list((tmp_path / "c").glob(".part*"))
+        again, net, opt, counter = self.make(tmp_path / "c")
+        assert again.load() == 3 and counter.n == 3
+        for _ in range(2): self.step(net, opt, counter)
+        assert torch.equal(net.weight, want), "weights, and the optimiser's moments, were restored"
+        assert again.load(2) == 2 and counter.n == 2
+        again.clear()
+        assert again.steps() == [] and again.load() == 0
+
+    def test_a_crash_while_saving_leaves_the_last_good_one(self, tmp_path, monkeypatch):
+        saved, net, opt, counter = self.make(tmp_path / "c")
+        self.step(net, opt, counter); saved.save(1)
+        self.step(net, opt, counter)
+        monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt): saved.save(2)
+        monkeypatch.undo()
+        again, _, _, counter = self.make(tmp_path / "c")
+        assert again.load() == 1 and counter.n == 1
+        again.save(2)
+        assert again.steps() == [1, 2]
+
+    def test_steps_are_sorted_as_numbers(self, tmp_path):
+        for n in (9, 10, 100): (tmp_path / f"step-{n}").mkdir()
+        assert Checkpoints(tmp_path, None).steps() == [9, 10, 100]
