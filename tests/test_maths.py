@@ -189,9 +189,9 @@ class TestPolicyLoss:
         assert gradcheck(lambda x: ppo_policy_loss(x, old, adv, mask), (rand(2, 3).requires_grad_(),))
 
     def test_only_the_policy_learns(self):
-        new, old, adv = (rand(2, 3, seed=i).requires_grad_() for i in range(3))
-        ppo_policy_loss(new, old, adv, right_mask([3, 1], 3)).backward()
-        assert old.grad is None and adv.grad is None and new.grad[0].any() and not new.grad[1, 1:].any()
+        new, old, adv = (rand(2, 3, seed=i, scale=.1).requires_grad_() for i in range(3))   # near: nothing is clipped
+        ppo_policy_loss(new, old, adv, right_mask([3, 1], 3), .9).backward()
+        assert old.grad is None and adv.grad is None and new.grad[0].all() and not new.grad[1, 1:].any()
 
 
 class TestValueLoss:
@@ -241,7 +241,7 @@ class TestKL:
         assert (kl_estimate(p, q, "k2") >= 0).all() and (kl_estimate(p, q, "k3") >= 0).all()
 
     def test_k2_is_biased_but_right_to_second_order(self):
-        p, q = self.pair(5)
+        p, q = self.pair(3, near=2.)
         assert abs(self.expected("k2", p, q) / self.exact(p, q) - 1) > .02
         p, q = self.pair(5, near=1e-3)
         assert abs(self.expected("k2", p, q) / self.exact(p, q) - 1) < 1e-2
@@ -398,7 +398,7 @@ class TestRankingPairs:
     def test_example(self):
         "Mean ranks 0, 1.5, 1.5: the second and third tie, the first beats both equally."
         assert ranking_pairs([[0, 1, 2], [0, 2, 1]]) == [(0, 1, 1.), (0, 2, 1.)]
-        assert ranking_pairs([[2, 1, 0]]) == pytest.approx([(1, 0, .75), (2, 0, 1.5), (2, 1, .75)])
+        assert ranking_pairs([[2, 1, 0]]) == [(1, 0, .75), (2, 0, 1.5), (2, 1, .75)]
         assert ranking_pairs([[0, 1], [1, 0]]) == [] == ranking_pairs([[0]])
 
     @given(st.lists(st.permutations(range(5)), min_size=1, max_size=4))

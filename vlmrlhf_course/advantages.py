@@ -83,7 +83,7 @@ def potential_shaping(
     mask: torch.Tensor,        # (B, A)
     gamma: float = 1.0,
 ) -> torch.Tensor:             # (B, A) to add to the rewards; Φ after the end counts as 0
-    "F_t = γΦ(s_{t+1}) − Φ(s_t): the only shaping that keeps the optimal policy."
+    "F_t = γΦ(s_{t+1}) − Φ(s_t): the only form of shaping that keeps the optimal policy of every task. Source: Ng et al. 1999, theorem 1."
     following = torch.cat([potential[:, 1:] * mask[:, 1:], torch.zeros_like(potential[:, :1])], 1)
     return (gamma * following - potential) * mask
 

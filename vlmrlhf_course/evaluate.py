@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'NAMES', 'COLUMNS', 'STYLE', 'EvaluateConfig', 'detail_prompts', 'figures', 'speak', 'best_of_n',
-           'false_words', 'mark_html', 'png', 'over_optimisation_figure', 'training_figure', 'evaluate_run',
-           'text_table', 'report_html', 'scene_uri', 'evaluate_stage']
+           'false_words', 'mark_html', 'before_after_figure', 'png', 'over_optimisation_figure', 'training_figure',
+           'evaluate_run', 'text_table', 'report_html', 'scene_uri', 'evaluate_stage']
 
 # %% ../nbs/11_evaluate.ipynb #imports
 import base64
@@ -107,6 +107,29 @@ def mark_html(text: str, scene: Scene) -> str:
     "The text with its false words marked."
     return " ".join(f"<mark>{html.escape(w)}</mark>" if bad else html.escape(w) for w, bad in zip(text.split(), false_words(text, scene)))
 
+# %% ../nbs/11_evaluate.ipynb #figure
+def before_after_figure(
+    scenes: list[Scene],
+    said: dict[str, list[str]],   # label → one answer for each scene
+    columns: int = 64,            # characters a line
+) -> Figure:
+    "Pictures with what each model says about them, false words in red."
+    size, rows, wide = 10, len(scenes), columns * 10 * .61 / 72      # a monospaced character is about 0.6 of its size wide
+    fig = Figure(figsize=(1.9 + wide, 1.75 * rows))
+    grid = fig.subplots(rows, 2, squeeze=False, gridspec_kw=dict(width_ratios=[1.9, wide], wspace=0, hspace=.06, left=0, right=1, top=1, bottom=0))
+    for (left, right), scene, *texts in zip(grid, scenes, *said.values()):
+        left.imshow(draw(scene, 288)); left.axis("off"); right.axis("off")
+        right.set_xlim(0, columns); right.set_ylim(9.5, -.5)
+        line = 0
+        for name, text in zip(said, texts):
+            right.text(0, line, name, weight="bold", size=size); line, col = line + 1, 0
+            for word, bad in zip(text.split(), false_words(text, scene)):
+                if col + len(word) > columns: line, col = line + 1, 0
+                right.text(col, line, word, family="monospace", size=size, color="#d4202a" if bad else "#222", weight="bold" if bad else "normal")
+                col += len(word) + 1
+            line += 1.3
+    return fig
+
 # %% ../nbs/11_evaluate.ipynb #plots
 def png(fig: Figure) -> str:
     "A figure as a data URI."
@@ -205,6 +228,9 @@ def evaluate_stage(run: Run) -> dict:
     for arm in arms: ppo_stage(run, arm)
     result, said, scenes = evaluate_run(run, cfg)
     curves = {arm: read_jsonl(run.path(arm) / "metrics.jsonl") for arm in arms}
+    worst = sorted(range(len(scenes)), key=lambda i: -len(judge(said["sft"][i], scenes[i]).false_objects))[:9:3]
+    three = before_after_figure([scenes[i] for i in worst], {f"{NAMES[k]}:": [said[k][i] for i in worst] for k in ("sft", "ppo")})
+    three.savefig(run.folder / "before_after.png", dpi=100, bbox_inches="tight")
     plots = {"Over-optimisation": over_optimisation_figure(curves["hacked"]), "Training": training_figure({a: curves[a] for a in ARMS})}
     ends = {k: [r[k] for r in curves["hacked"]] for k in ("kl", "reward", "true_score")}
     result["over_optimisation"] = ends

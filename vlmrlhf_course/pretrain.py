@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration, SiglipVisionModel
-from .sft import FitConfig, SFTTask, fit
+from .sft import FitConfig, SFTTask, careless, fit
 from .vlm import VLM, VLMConfig, build_model, build_processor
-from .world import COLOURS, NOUNS, RELATIONS, SIZES, Scene, WorldConfig, careless, draw, make_prompt, sample_scenes
+from .world import COLOURS, NOUNS, RELATIONS, SIZES, Scene, WorldConfig, draw, make_prompt, sample_scenes
 
 # %% ../nbs/92_pretrain.ipynb #labels
 LABELS = (len(NOUNS) + 1, len(COLOURS) + 1, len(SIZES) + 1) * 2 + (len(RELATIONS) + 1,)

@@ -115,7 +115,7 @@ class Batch:
         moved = [t.to(device) if t is not None else None for t in (self.input_ids, self.attention_mask, self.answer_mask, self.features)]
         return Batch(*moved, self.prompt_length, self.has_image.to(device))
 
-
+# %% ../nbs/02_vlm.ipynb #pad-sides
 def pad_sides(
     prompts: list[list[int]],
     answers: list[list[int]],
@@ -255,7 +255,7 @@ def add_role(
             for side in (layer.lora_A, layer.lora_B): side[name].load_state_dict(side[like].state_dict())
     for key, p in self.language.named_parameters(): p.requires_grad_(".lora_" in key)
 
-
+# %% ../nbs/02_vlm.ipynb #roles-acting
 @patch
 def lora_layers(self: VLM): return [m for m in self.language.modules() if isinstance(m, BaseTunerLayer)]
 

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['PLACES', 'NOUNS', 'COLOURS', 'SIZES', 'RELATIONS', 'NUMBERS', 'RESERVED', 'SHAPES', 'BACKDROPS', 'KINDS', 'Thing',
            'Group', 'Scene', 'parse_scene', 'WorldConfig', 'sample_scene', 'split_of', 'sample_scenes', 'draw',
-           'open_image', 'describe', 'Prompt', 'make_prompt', 'imagine', 'careless', 'Claims', 'parse_claims',
-           'Verdict', 'judge', 'summarise']
+           'open_image', 'describe', 'Prompt', 'make_prompt', 'imagine', 'Claims', 'parse_claims', 'Verdict', 'judge',
+           'summarise']
 
 # %% ../nbs/01_world.ipynb #imports
 import functools
 import hashlib
 import random
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from PIL import Image, ImageDraw
 
 # %% ../nbs/01_world.ipynb #vocab
@@ -70,9 +70,7 @@ _group = re.compile(rf"{_thing}(?: (on|beside|behind) {_thing})? @([0-8])")
 
 
 @functools.lru_cache(100_000)
-def parse_scene(
-    text: str,  # such as `beach: small red cat on large blue boat @4; large yellow kite @7`
-) -> Scene:     # the scene whose `str` is `text`
+def parse_scene(text: str) -> Scene:
     "Read a scene from its line of text. Raises ValueError that names the part it cannot read."
     place, _, rest = text.partition(": ")
     if place not in PLACES: raise ValueError(f"unknown place {place!r}; places are {', '.join(PLACES)}")
@@ -112,11 +110,8 @@ def _pick(rng, place, used, typical):
 
 def _thing_for(rng, noun): return Thing(noun, rng.choice(list(COLOURS)), rng.choice(SIZES))
 
-def sample_scene(
-    rng: random.Random,               # source of randomness
-    cfg: WorldConfig = WorldConfig()
-) -> Scene:                           # a scene with 2–6 different nouns
-    "Draw one scene."
+def sample_scene(rng: random.Random, cfg: WorldConfig = WorldConfig()) -> Scene:
+    "Draw one scene with 2–6 different nouns."
     place, used, groups = rng.choice(list(PLACES)), [], []
     for cell in sorted(rng.sample(range(9), rng.randint(cfg.min_groups, cfg.max_groups))):
         things = []
@@ -134,10 +129,8 @@ def _hash(text): return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4
 RESERVED = {noun: list(COLOURS)[_hash(f"reserved {noun}") % len(COLOURS)] for noun in NOUNS}
 
 
-def split_of(
-    scene: Scene,
-) -> str:         # `train`, `validation`, `test`, or `novel` (holds a noun in its reserved colour)
-    "The split a scene belongs to: a function of the scene alone, so splits are disjoint by construction."
+def split_of(scene: Scene) -> str:
+    "`train`, `validation`, `test`, or `novel` (holds a noun in its reserved colour): a function of the scene alone, so splits are disjoint by construction."
     if any(RESERVED[t.noun] == t.colour for t in scene.things): return "novel"
     h = _hash(str(scene)) % 10
     return "train" if h < 8 else "validation" if h == 8 else "test"
@@ -208,11 +201,8 @@ def _places(group):
     return [(t, *at, .5 if t.size == "large" else .33) for t, at in ((group.thing, one), (group.other, two))]
 
 # %% ../nbs/01_world.ipynb #draw-scene
-def draw(
-    scene: Scene,
-    size: int = 96,  # width and height in pixels
-) -> Image.Image:    # RGB
-    "Draw a scene. The same scene gives the same pixels."
+def draw(scene: Scene, size: int = 96) -> Image.Image:
+    "Draw a scene as RGB, `size` pixels wide and high. The same scene gives the same pixels."
     big = size * 2
     sky, ground = BACKDROPS[scene.place]
     img = Image.new("RGB", (big, big), sky)
@@ -261,12 +251,8 @@ class Prompt:
     def scene(self): return parse_scene(self.image[6:]) if self.image and self.image.startswith("scene:") else None
 
 
-def make_prompt(
-    scene: Scene,
-    kind: str,               # one of KINDS
-    rng: random.Random,
-) -> Prompt:                 # falls back to `detail` where the scene has nothing to ask about (no relation)
-    "Ask one question of `kind` about `scene`."
+def make_prompt(scene: Scene, kind: str, rng: random.Random) -> Prompt:
+    "Ask one question of `kind` (see KINDS) about `scene`; `detail` where there is nothing of that kind to ask about."
     image = f"scene:{scene}"
     thing, pairs = rng.choice(scene.things), [g for g in scene.groups if g.other]
     if kind == "brief": return Prompt(kind, "what is here ?", describe(scene, detail=False), image)
@@ -301,12 +287,8 @@ def _remember(group, rng, cfg):
     return Group(group.cell, kept[0], relation, kept[1])
 
 
-def imagine(
-    scene: Scene,
-    rng: random.Random,
-    cfg: WorldConfig = WorldConfig(),
-) -> Scene:       # the scene as a careless captioner believes it to be
-    "Omit, recolour, misplace, and add what usually belongs here (the co-occurrence errors of real caption data)."
+def imagine(scene: Scene, rng: random.Random, cfg: WorldConfig = WorldConfig()) -> Scene:
+    "The scene as a careless captioner believes it to be: things missing, recoloured, misplaced, or added because they belong here."
     groups = [g for g in (_remember(g, rng, cfg) for g in scene.groups) if g]
     used = [t.noun for t in scene.things]
     for _ in range(cfg.max_invented):
@@ -320,22 +302,6 @@ def imagine(
         else: groups.append(Group(rng.choice([c for c in range(9) if c not in {g.cell for g in groups}]), new))
     return Scene(scene.place, tuple(sorted(groups, key=lambda g: g.cell)))
 
-# %% ../nbs/01_world.ipynb #careless
-def careless(
-    prompt: Prompt,
-    rng: random.Random,
-    cfg: WorldConfig = WorldConfig(),
-) -> Prompt:      # the same question with the answer of a careless annotator
-    "Answer `prompt` from an imagined scene: the training data of SFT."
-    if prompt.scene is None: return prompt
-    believed, answer = imagine(prompt.scene, rng, cfg), prompt.answer
-    words = prompt.text.split()
-    if prompt.kind in ("detail", "brief"): answer = describe(believed, prompt.kind == "detail")
-    elif prompt.kind == "count": answer = f"{NUMBERS[len(believed.things)]} ."
-    elif prompt.kind == "exists": answer = "yes ." if believed.find(words[-2]) else "no ."
-    elif prompt.kind == "colour" and believed.find(words[-2]): answer = f"{believed.find(words[-2]).colour} ."
-    return replace(prompt, answer=answer)
-
 # %% ../nbs/01_world.ipynb #claims
 @dataclass(frozen=True)
 class Claims:
@@ -347,9 +313,7 @@ class Claims:
     place: str | None = None
 
 
-def parse_claims(
-    text: str,  # lower-case words and punctuation separated by spaces
-) -> Claims:
+def parse_claims(text: str) -> Claims:
     "Read the claims of a description; any string is accepted."
     objects, attributes, relations = [], [], []
     size = colour = relation = count = place = None
@@ -403,11 +367,8 @@ class Verdict:
 def _split(items, holds): return tuple(x for x in items if holds(x)), tuple(x for x in items if not holds(x))
 
 
-def judge(
-    text: str,     # an answer
-    scene: Scene,  # the truth
-) -> Verdict:      # attributes and relations are judged only between things that are there
-    "Compare what `text` claims with what `scene` holds."
+def judge(text: str, scene: Scene) -> Verdict:
+    "Compare what `text` claims with what `scene` holds; attributes and relations only of things that are there."
     said, there = parse_claims(text), {t.noun: t for t in scene.things}
     true, false = [], []
     for noun in said.objects: (true if noun in there and noun not in true else false).append(noun)

@@ -1,0 +1,560 @@
+"The model: files, padding, pictures, roles, values, sampling, gradients. Small models with random weights, in float64."
+import copy
+
+import pytest
+import torch
+from conftest import SMALL, shake
+from torch import nn
+from torch.testing import assert_close
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from vlmrlhf_course.kl import full_kl, grounded_mask
+from vlmrlhf_course.ppo import ActorCritic, PPOConfig, PPOState, PPOTask, make_experience, train_ppo
+from vlmrlhf_course.preferences import sample_prompts
+from vlmrlhf_course.reward import RewardConfig, RewardModel, RewardTask, group_pairs, pair_accuracy, score_texts
+from vlmrlhf_course.rollout import sample, texts, with_answers
+from vlmrlhf_course.runs import make_accelerator, read_jsonl
+from vlmrlhf_course.sft import SFTTask, backward_through, pretrained_vlm
+from vlmrlhf_course.vlm import (VLM, Batch, LoRAConfig, answer, build_model, build_processor, load_vlm, pad_sides, save_vlm, token_logprobs)
+from vlmrlhf_course.world import Prompt, open_image
+
+SMALL_LORA = LoRAConfig(r=4, alpha=8)
+
+
+def logprobs(vlm, batch, role=None): return token_logprobs(vlm.answer_logits(batch, role), batch.answers) * batch.answer_mask
+def close(a, b): assert_close(a, b, atol=1e-9, rtol=1e-7)
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    torch.manual_seed(5)
+    vlm, folder = VLM(build_model(SMALL), build_processor(SMALL)), tmp_path_factory.mktemp("saved")
+    save_vlm(vlm, folder)
+    return vlm, folder
+
+
+def test_save_and_load(saved, prompts):
+    vlm, folder = saved
+    again = load_vlm(folder)
+    said = [p.answer for p in prompts]
+    for k, v in vlm.model.state_dict().items(): assert torch.equal(v, again.model.state_dict()[k]), k
+    a, b = vlm.batch(prompts, said), again.batch(prompts, said)
+    assert torch.equal(a.input_ids, b.input_ids) and torch.equal(vlm.answer_logits(a), again.answer_logits(b))
+    assert again.banned_ids == vlm.banned_ids and again.eos_id == vlm.eos_id
+
+
+def test_plain_transformers_can_use_it(saved, prompts):
+    "Nothing of ours is needed: processor, chat template, pixels, forward pass, generate."
+    vlm, folder = saved
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder, use_fast=False, backend="pil")
+    p = prompts[0]
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": p.text}]}]
+    inputs = processor(text=[processor.apply_chat_template(chat, add_generation_prompt=True)], images=[open_image(p.image)], return_tensors="pt")
+    b = vlm.batch([p])
+    assert torch.equal(inputs["input_ids"], b.input_ids)
+    with torch.no_grad():
+        assert_close(model(**inputs).logits[:, -1], vlm.model.lm_head(vlm.hidden(b))[:, -1], atol=1e-5, rtol=1e-4)
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=8, suppress_tokens=vlm.banned_ids)[:, b.input_ids.shape[1]:]
+    assert processor.tokenizer.batch_decode(ids, skip_special_tokens=True) == answer(vlm, [p], 0., max_new_tokens=8)
+
+
+def test_no_model_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json"): load_vlm(tmp_path)
+
+
+def test_pretrained_parts():
+    "The shipped tower and language model fit together, the tower is frozen, the projector is new."
+    a, b, c = pretrained_vlm(0), pretrained_vlm(0), pretrained_vlm(1)
+    assert not any(p.requires_grad for p in a.tower.parameters())
+    for part, same in (("tower", True), ("language", True), ("projector", False)):
+        x, y, z = (getattr(v, part).state_dict() for v in (a, b, c))
+        assert all(torch.equal(x[k], y[k]) for k in x) and all(torch.equal(x[k], z[k]) for k in x) == same, part
+
+
+# --- padding --------------------------------------------------------------------------------------------------------
+
+def spread_out(b, left=0, middle=0, right=0, pad=0):
+    "The same batch with more padding on the left, between prompt and answer, and on the right."
+    def grow(x, y, n): return torch.cat([x, torch.full((len(x), n), y, dtype=x.dtype)], 1)
+    def lay(x, y):
+        p, a = x[:, :b.prompt_length], x[:, b.prompt_length:]
+        return torch.cat([grow(x[:, :0], y, left), grow(p, y, middle), grow(a, y, right)], 1)
+    return Batch(lay(b.input_ids, pad), lay(b.attention_mask, 0), grow(b.answer_mask, False, right), b.features, b.prompt_length + left + middle, b.has_image)
+
+
+@pytest.mark.parametrize("left, right", [(3, 0), (0, 4), (5, 2)])
+def test_logprobs_do_not_depend_on_the_amount_of_padding(vlm, full, left, right):
+    want = logprobs(vlm, full)
+    got = logprobs(vlm, spread_out(full, left, 0, right))
+    close(got[:, :want.shape[1]], want)
+    assert not got[:, want.shape[1]:].any() and want.abs().sum() > 1
+
+
+def test_logprobs_do_not_depend_on_the_side_of_padding(vlm, full):
+    "Each row alone, without padding; with all padding on the left; with all padding on the right: one and the same."
+    want = logprobs(vlm, full)
+    for i in range(len(full)):
+        real = full.attention_mask[i].bool()
+        ids, n, A = full.input_ids[i:i + 1, real], int(real.sum()), int(full.lengths[i])
+        features = full.features[full.picture_of[i]].unsqueeze(0) if full.has_image[i] else None
+        for left, right in ((0, 0), (6, 0), (0, 6)):
+            z = torch.zeros(1, 1, dtype=torch.long)
+            b = Batch(torch.cat([z.expand(1, left), ids, z.expand(1, right)], 1), torch.cat([z.expand(1, left), torch.ones_like(ids), z.expand(1, right)], 1),
+                      torch.ones(1, A + right).bool(), features, left + n - A, full.has_image[i:i + 1])
+            close(token_logprobs(vlm.answer_logits(b), b.answers)[0, :A], want[i, :A])
+
+
+def test_padding_between_prompt_and_answer(vlm, full):
+    "Position ids count real tokens, so that a gap in the middle changes nothing for tokens after the first."
+    want, got = logprobs(vlm, full), logprobs(vlm, spread_out(full, middle=3))
+    close(got[:, 1:], want[:, 1:])   # the first answer token is predicted at the position before it, which is padding here
+
+
+def test_pad_sides():
+    b = pad_sides([[5, 6], [7]], [[8], [9, 10, 11]], 0)
+    assert b.input_ids.tolist() == [[5, 6, 8, 0, 0], [0, 7, 9, 10, 11]] and b.attention_mask.tolist() == [[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]]
+    assert b.answer_mask.tolist() == [[True, False, False], [True, True, True]] and b.prompt_length == 2 and b.lengths.tolist() == [1, 3]
+    assert b.position_ids[1].tolist() == [0, 0, 1, 2, 3] and not b.has_image.any()
+
+
+def test_every_answer_ends_with_eos_inside_the_mask(vlm, full):
+    for row, mask in zip(full.answers, full.answer_mask): assert row[mask][-1] == vlm.eos_id and (row[~mask] == vlm.pad_id).all()
+
+
+@pytest.mark.parametrize("order", [[5, 4, 3, 2, 1, 0], [2], [4, 0], [2, 5, 1], [0, 1, 2, 3, 4, 5], [3, 3]])
+def test_rows(vlm, full, order):
+    "Any rows, in any order, give what the full batch gives in these rows, and lose the padding that they do not need."
+    index = torch.tensor(order)
+    b = full.rows(index)
+    A = b.answers.shape[1]
+    assert A == int(full.lengths[index].max()) and b.attention_mask[:, 0].any() and len(b) == len(order)
+    close(logprobs(vlm, b), logprobs(vlm, full)[index][:, :A])
+
+
+def test_permuting_the_prompts_permutes_the_outputs(vlm, prompts, full):
+    order = [3, 0, 5, 2, 4, 1]
+    b = vlm.batch([prompts[i] for i in order], [prompts[i].answer for i in order])
+    close(logprobs(vlm, b), logprobs(vlm, full)[order])
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+def test_cached_features_give_the_logits_of_pixels(vlm, prompts, full):
+    seen = [p for p in prompts if p.image]
+    pixels = vlm.processor.image_processor([open_image(p.image) for p in seen], return_tensors="pt").pixel_values.double()
+    rows = [i for i, p in enumerate(prompts) if p.image]
+    for _ in range(2):   # the second time from the cache
+        b = vlm.batch(seen, [p.answer for p in seen])
+        whole = vlm.model(input_ids=b.input_ids, attention_mask=b.attention_mask, position_ids=b.position_ids, pixel_values=pixels).logits
+        close(vlm.answer_logits(b)[b.answer_mask], whole[:, b.prompt_length - 1:-1][b.answer_mask])
+    close(logprobs(vlm, b), logprobs(vlm, full)[rows])
+
+
+def test_each_picture_is_encoded_once(vlm, prompts):
+    vlm.encoded = 0
+    vlm._features.clear()
+    for _ in range(3): vlm.batch(prompts * 2)
+    assert vlm.encoded == sum(p.image is not None for p in prompts)
+
+
+def test_the_picture_matters_and_rows_get_their_own(vlm, prompts):
+    said = [p.answer for p in prompts]
+    real, blank = vlm.batch(prompts, said), vlm.batch(prompts, said, images=["blank"] * len(prompts))
+    moved = (logprobs(vlm, real) - logprobs(vlm, blank)).abs().amax(1) > 1e-6
+    assert moved.tolist() == [p.image is not None for p in prompts]
+    assert (grounded_mask(vlm, real, blank, 1e-9).any(1) == moved).all()
+
+
+def test_the_cache_is_not_used_while_the_tower_learns(vlm, prompts):
+    refs = [p.image for p in prompts if p.image]
+    def grow():
+        for p in vlm.tower.parameters(): p.data.mul_(1.3)
+    frozen = vlm.features(refs)
+    vlm.tower.requires_grad_(True)
+    grow()
+    learning = vlm.features(refs)
+    assert not torch.allclose(learning, frozen)
+    grow()
+    vlm.tower.requires_grad_(False)
+    assert not torch.allclose(vlm.features(refs), learning), "features of an older tower were kept"
+
+
+def test_a_lost_placeholder_is_an_error(vlm, full):
+    full.input_ids[0, (full.input_ids[0] == vlm.image_token_id).nonzero()[0]] = vlm.eos_id
+    with pytest.raises(ValueError, match="placeholders"): vlm.answer_logits(full)
+
+
+# --- roles ----------------------------------------------------------------------------------------------------------
+
+def test_reference_is_the_frozen_trunk_bit_for_bit(vlm, full):
+    before, trunk = vlm.answer_logits(full), {k: v.clone() for k, v in vlm.model.state_dict().items()}
+    vlm.add_role("actor", SMALL_LORA), vlm.add_role("reward", SMALL_LORA)
+    assert torch.equal(vlm.answer_logits(full, "actor"), before), "a new adapter changes nothing"
+    opt = torch.optim.SGD([p for p in vlm.model.parameters() if p.requires_grad], .5)
+    for _ in range(2): vlm.answer_logits(full, "actor").square().sum().backward(); opt.step(); opt.zero_grad()
+    assert torch.equal(vlm.answer_logits(full), before), "the reference moved"
+    assert not torch.allclose(vlm.answer_logits(full, "actor"), before), "the actor did not learn"
+    assert torch.equal(vlm.answer_logits(full, "reward"), before), "one role learned from another's gradient"
+    now = vlm.model.state_dict()
+    for k, v in trunk.items():
+        assert torch.equal(v, now.get(k, now.get(k.replace(".weight", ".base_layer.weight"), torch.zeros(0)))), k
+
+
+def test_acting_is_undone_also_after_errors(vlm, full):
+    vlm.add_role("a", SMALL_LORA), vlm.add_role("b", SMALL_LORA)
+    shake(vlm, "a"), shake(vlm, "b", seed=2)
+    want = {r: vlm.answer_logits(full, r) for r in ("a", "b", None)}
+    assert not torch.allclose(want["a"], want["b"]) and not torch.allclose(want["a"], want[None])
+    with pytest.raises(ZeroDivisionError):
+        with vlm.acting("a"):
+            with vlm.acting(None): assert torch.equal(vlm.answer_logits(full, "b"), want["b"])
+            1 / 0
+    for r in want: assert torch.equal(vlm.answer_logits(full, r), want[r])
+
+
+@pytest.mark.parametrize("cfg", [SMALL_LORA, LoRAConfig(r=0)], ids=["adapter", "copy"])
+def test_role_state_round_trip(vlm, full, cfg):
+    vlm.add_role("actor", cfg)
+    other = copy.deepcopy(vlm)
+    shake(vlm, "actor")
+    assert vlm.role_state("actor") and not torch.allclose(other.answer_logits(full, "actor"), vlm.answer_logits(full, "actor"))
+    other.load_role("actor", vlm.role_state("actor"))
+    assert torch.equal(other.answer_logits(full, "actor"), vlm.answer_logits(full, "actor"))
+    with pytest.raises(KeyError, match="actor"): other.load_role("actor", {})
+
+
+def test_a_role_can_start_like_another(vlm, full):
+    vlm.add_role("reward", SMALL_LORA)
+    shake(vlm, "reward")
+    vlm.add_role("critic", SMALL_LORA, like="reward")
+    assert torch.equal(vlm.answer_logits(full, "critic"), vlm.answer_logits(full, "reward"))
+    shake(vlm, "critic", seed=5)
+    assert not torch.allclose(vlm.answer_logits(full, "critic"), vlm.answer_logits(full, "reward"))
+
+
+class TestCopy:
+    "Roles with weights of their own: LoRAConfig(r=0)."
+    def test_learns_alone(self, vlm, full):
+        before = vlm.answer_logits(full)
+        vlm.add_role("actor", LoRAConfig(r=0)), vlm.add_role("critic", LoRAConfig(r=0), like="actor")
+        assert torch.equal(vlm.answer_logits(full, "actor"), before)
+        opt = torch.optim.SGD(vlm.roles["actor"].parameters(), 1e-3)
+        vlm.answer_logits(full, "actor").square().sum().backward(); opt.step()
+        assert not torch.allclose(vlm.answer_logits(full, "actor"), before)
+        assert torch.equal(vlm.answer_logits(full), before) and torch.equal(vlm.answer_logits(full, "critic"), before)
+        assert all(p.grad is None for p in vlm.model.parameters())
+
+    def test_starts_from_the_trunk_also_where_adapters_are(self, vlm, full):
+        "A reward model with an adapter, an actor with weights of its own: the actor must begin as the reference."
+        before = vlm.answer_logits(full)
+        vlm.add_role("reward", SMALL_LORA)
+        shake(vlm, "reward")
+        vlm.add_role("actor", LoRAConfig(r=0))
+        close(vlm.answer_logits(full, "actor"), before)
+
+    def test_generate_speaks_with_the_copy(self, vlm, prompts):
+        "`answer` (generate) and `sample` must hear the same role."
+        vlm.add_role("actor", LoRAConfig(r=0))
+        shake(vlm, "actor")
+        said, trunk = answer(vlm, prompts[:2], 0., role="actor", max_new_tokens=6), answer(vlm, prompts[:2], 0., max_new_tokens=6)
+        assert said == texts(vlm, sample(vlm, prompts[:2], "actor", temperature=1e-6, max_new_tokens=6)) != trunk
+
+
+def test_generate_speaks_with_the_adapter(vlm, prompts):
+    vlm.add_role("actor", SMALL_LORA)
+    shake(vlm, "actor")
+    said, trunk = answer(vlm, prompts, 0., role="actor", max_new_tokens=6), answer(vlm, prompts, 0., max_new_tokens=6)
+    assert said == texts(vlm, sample(vlm, prompts, "actor", temperature=1e-6, max_new_tokens=6))
+    assert trunk == texts(vlm, sample(vlm, prompts, temperature=1e-6, max_new_tokens=6)) != said
+
+
+# --- reward model ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def rm(vlm):
+    torch.manual_seed(2)
+    rm = RewardModel(vlm, RewardConfig(lora=SMALL_LORA))
+    rm.head.double()
+    rm.requires_grad_(False)
+    shake(vlm, "reward")
+    nn.init.normal_(rm.head.out.weight)
+    return rm
+
+
+def test_rewards_do_not_depend_on_company(rm, prompts):
+    said = [p.answer for p in prompts]
+    together = score_texts(rm, prompts, said)
+    close(together, torch.cat([score_texts(rm, [p], [a]) for p, a in zip(prompts, said)]))
+    close(together, score_texts(rm, prompts, said, chunk=2))
+    blank = score_texts(rm, prompts, said, ["blank"] * len(prompts), chunk=4)
+    assert ((blank - together).abs() > 1e-6).tolist() == [p.image is not None for p in prompts]
+    cut = [a.rsplit(" ", 2)[0] for a in said]
+    assert ((score_texts(rm, prompts, cut) - together).abs() > 1e-6).all(), "the end of the answer was not read"
+
+
+def test_reward_state_round_trip(rm, prompts):
+    other = copy.deepcopy(rm)
+    shake(rm.vlm, "reward", seed=9), rm.head.shift.fill_(.5)
+    said = [p.answer for p in prompts]
+    want = score_texts(rm, prompts, said)
+    assert not torch.allclose(want, score_texts(other, prompts, said))
+    other.load({k: v.clone() for k, v in rm.state().items()})
+    assert torch.equal(want, score_texts(other, prompts, said))
+
+
+@pytest.fixture
+def pairs(prompts):
+    seen = [p for p in prompts if p.image]
+    return [dict(image=p.image, prompt=p.text, chosen=p.answer, rejected=r, weight=w, gold=g)
+            for p in seen for r, w, g in (("a cat .", .5, True), ("nothing .", 1.5, False))]
+
+
+def test_pair_accuracy_counts(rm, pairs):
+    "Against the scores themselves, and with chosen and rejected swapped."
+    def score(r, key): return float(score_texts(rm, [Prompt("", r["prompt"], "", r["image"])], [r[key]]))
+    hits = [score(r, "chosen") > score(r, "rejected") for r in pairs]
+    assert pair_accuracy(rm, pairs) == pytest.approx(dict(labels=sum(hits) / len(hits), gold=sum(h == r["gold"] for h, r in zip(hits, pairs)) / len(hits)))
+    swapped = [r | dict(chosen=r["rejected"], rejected=r["chosen"]) for r in pairs]
+    assert pair_accuracy(rm, swapped)["labels"] == pytest.approx(1 - sum(hits) / len(hits))
+
+
+# --- critic ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(params=["head", "adapter"])
+def policy(request, rm):
+    torch.manual_seed(3)
+    policy = ActorCritic(rm, PPOConfig(critic=request.param, lora=SMALL_LORA))
+    policy.value.double()
+    for p in policy.value.parameters(): nn.init.normal_(p, std=.3)
+    shake(rm.vlm, "actor", std=.05, seed=7)
+    policy.train_roles()
+    return policy
+
+
+def values(policy, rm, batch):
+    states = rm.states(batch)[:, batch.prompt_length - 1:] if policy.kind == "head" else None
+    return policy.values(batch, states).detach()
+
+
+def test_there_is_a_value_for_each_token_and_it_does_not_see_the_future(policy, rm, vlm, full):
+    want = values(policy, rm, full)
+    assert want.shape == (len(full), full.answers.shape[1] + 1)
+    for t in (0, 1, 3):
+        b = Batch(full.input_ids.clone(), full.attention_mask, full.answer_mask, full.features, full.prompt_length, full.has_image)
+        b.input_ids[:, b.prompt_length + t] = vlm.tokenizer.convert_tokens_to_ids("moon")
+        got, real = values(policy, rm, b), full.lengths > t
+        close(got[:, :t + 1], want[:, :t + 1])                        # V(s_t) is known before token t is chosen
+        assert ((got[real, t + 1] - want[real, t + 1]).abs() > 1e-9).all(), "the value after a token must see it"
+
+
+def test_values_see_the_picture_and_not_the_company(policy, rm, vlm, prompts, full):
+    want = values(policy, rm, full)
+    blank = vlm.batch(prompts, [p.answer for p in prompts], images=["blank"] * len(prompts))
+    assert ((values(policy, rm, blank) - want).abs().amax(1) > 1e-9).tolist() == [p.image is not None for p in prompts]
+    for i in range(len(prompts)):
+        row = values(policy, rm, full.rows(torch.tensor([i])))
+        close(row[0], want[i, :row.shape[1]])
+
+
+def test_what_learns(policy):
+    actor, critic = policy.role_groups()
+    names = {id(p): n for n, p in policy.named_parameters()}
+    assert actor and all(".actor." in names[id(p)] for p in actor)
+    assert critic and all(names[id(p)].startswith("value.") or ".critic." in names[id(p)] for p in critic)
+    assert any(".critic." in names[id(p)] for p in critic) == (policy.kind == "adapter")
+    assert {id(p) for p in policy.parameters() if p.requires_grad} == {id(p) for p in [*actor, *critic]}
+
+
+# --- sampling -------------------------------------------------------------------------------------------------------
+
+def push(vlm, ids, by=30.):
+    "Make the output layer love these tokens."
+    return vlm.model.get_output_embeddings().register_forward_hook(lambda m, i, out: out.index_add(-1, torch.tensor(ids), torch.full((*out.shape[:-1], len(ids)), by, dtype=out.dtype)))
+
+
+def test_banned_tokens_are_never_sampled(vlm, prompts):
+    push(vlm, vlm.banned_ids)
+    roll = sample(vlm, prompts * 4, max_new_tokens=12, seed=1)
+    said = roll.batch.answers[roll.batch.answer_mask]
+    assert len(said) > 100 and not torch.isin(said, torch.tensor(vlm.banned_ids)).any() and roll.logprobs[roll.batch.answer_mask].isfinite().all()
+    for text in answer(vlm, prompts, max_new_tokens=5): assert len(vlm.tokenizer(text).input_ids) == 5
+
+
+@pytest.mark.parametrize("temperature", [1., .6, 1.5])
+@pytest.mark.parametrize("role", [None, "actor"])
+def test_sampled_logprobs_are_those_of_the_forward_pass(vlm, prompts, role, temperature):
+    vlm.add_role("actor", SMALL_LORA)
+    shake(vlm, "actor")
+    push(vlm, [vlm.eos_id], 2. * temperature)   # so that some answers end early
+    roll = sample(vlm, prompts * 5, role, temperature, max_new_tokens=10, seed=4)
+    b = roll.batch
+    again = token_logprobs(vlm.rule_out(vlm.answer_logits(b, role)), b.answers, temperature)
+    close(again[b.answer_mask], roll.logprobs[b.answer_mask])
+    other = token_logprobs(vlm.rule_out(vlm.answer_logits(b, "actor" if role is None else None)), b.answers, temperature)
+    assert not torch.allclose(other[b.answer_mask], roll.logprobs[b.answer_mask])
+    assert 0 < roll.ended.sum() < len(roll.ended)
+    for row, mask, ended in zip(b.answers, b.answer_mask, roll.ended):
+        n = int(mask.sum())
+        assert mask[:n].all() and (row[n:] == vlm.pad_id).all() and (row[:n - 1] != vlm.eos_id).all()
+        assert (row[n - 1] == vlm.eos_id) == ended and (ended or n == 10)
+
+
+def test_sampling_repeats_with_its_seed(vlm, prompts):
+    torch.manual_seed(0)
+    a = sample(vlm, prompts, max_new_tokens=8, seed=3)
+    torch.manual_seed(1)   # the global generator plays no part
+    b, c = sample(vlm, prompts, max_new_tokens=8, seed=3), sample(vlm, prompts, max_new_tokens=8, seed=4)
+    assert torch.equal(a.batch.input_ids, b.batch.input_ids) and torch.equal(a.logprobs, b.logprobs) and texts(vlm, a) == texts(vlm, b)
+    assert not torch.equal(a.batch.answers, c.batch.answers)
+
+
+@pytest.mark.parametrize("temperature", [.5, 2.])
+def test_sampled_tokens_follow_the_distribution(vlm, prompts, temperature):
+    "4000 first tokens against the probabilities at this temperature: chi-square."
+    n, p = 4000, prompts[1]
+    got = torch.cat([sample(vlm, [p] * 500, temperature=temperature, max_new_tokens=1, seed=i).batch.answers[:, 0] for i in range(n // 500)])
+    b = vlm.batch([p], [[vlm.eos_id]])
+    want = (vlm.rule_out(vlm.answer_logits(b))[0, 0] / temperature).softmax(-1) * n
+    count, often = torch.bincount(got, minlength=len(want)).double(), want > 10
+    chi = ((count - want)[often] ** 2 / want[often]).sum()
+    dof = int(often.sum()) - 1
+    assert dof > 5 and chi < dof + 5 * (2 * dof) ** .5
+
+
+def test_a_text_only_batch(vlm, prompts):
+    text = [p for p in prompts if not p.image] * 2
+    roll = sample(vlm, text, max_new_tokens=4)
+    close(token_logprobs(vlm.rule_out(vlm.answer_logits(roll.batch)), roll.batch.answers)[roll.batch.answer_mask], roll.logprobs[roll.batch.answer_mask])
+
+
+def test_with_answers(vlm, prompts):
+    b, said = vlm.batch(prompts), [p.answer for p in prompts]
+    whole = vlm.batch(prompts, said)
+    again = with_answers(b, whole.answers, vlm.pad_id)
+    for name in ("input_ids", "attention_mask", "answer_mask", "features", "has_image"): assert torch.equal(getattr(again, name), getattr(whole, name))
+
+
+# --- learning -------------------------------------------------------------------------------------------------------
+
+def gradients(task, items, micro_batch):
+    task.zero_grad()
+    loss, metrics = backward_through(task, items, micro_batch, make_accelerator())
+    grads = {n: p.grad.clone() for n, p in task.named_parameters() if p.grad is not None}
+    assert grads and any(g.any() for g in grads.values())
+    return loss, metrics, grads
+
+
+def same_for_every_split(task, items, tolerance=1e-6):
+    whole = gradients(task, items, len(items))
+    for size in (1, 2, len(items) - 1):
+        loss, _, grads = gradients(task, items, size)
+        assert loss == pytest.approx(whole[0], rel=tolerance) and grads.keys() == whole[2].keys()
+        for name, g in grads.items(): assert_close(g, whole[2][name], rtol=1e-5, atol=1e-7 * float(whole[2][name].abs().max() + 1e-3))
+    return whole
+
+
+def test_sft_does_not_depend_on_micro_batches(vlm, prompts, full):
+    for part in (vlm.projector, vlm.language, vlm.model.lm_head): part.requires_grad_(True)
+    loss, _, _ = same_for_every_split(SFTTask(vlm), prompts)
+    with torch.no_grad(): assert loss == pytest.approx(float(-logprobs(vlm, full).sum() / full.answer_mask.sum()), rel=1e-6)
+
+
+def test_reward_does_not_depend_on_micro_batches(rm, pairs):
+    rm.head.requires_grad_(True)
+    task = RewardTask(rm)
+    task.requires_grad_(False)
+    rm.head.requires_grad_(True)
+    loss, metrics, _ = same_for_every_split(task, group_pairs(pairs))
+    assert 0 <= metrics["accuracy"] <= 1 and loss > 0
+
+
+@pytest.fixture
+def experience(policy, rm, vlm, prompts):
+    push(vlm, [vlm.eos_id], 2.)
+    cfg = PPOConfig(critic=policy.kind, reward="rm", lora=SMALL_LORA)
+    roll = sample(vlm, prompts, "actor", max_new_tokens=9, seed=2)
+    return cfg, roll, *make_experience(policy, rm, roll, cfg, beta=.1)
+
+
+def test_ppo_does_not_depend_on_micro_batches(policy, experience, vlm):
+    cfg, roll, exp, _ = experience
+    shake(vlm, "actor", std=.02, seed=11)   # the policy has moved since it sampled
+    same_for_every_split(PPOTask(policy, cfg), [(exp, i) for i in (3, 0, 5, 2, 1, 4)])
+
+
+def test_the_first_update_starts_at_ratio_one(policy, experience):
+    "Before any step the policy is the one that sampled: the loss is minus the mean advantage, nothing is clipped."
+    cfg, roll, exp, _ = experience
+    task = PPOTask(policy, cfg)
+    batch = task.collate([(exp, i) for i in range(len(roll.prompts))])
+    _, metrics = task(batch)
+    mask = exp.batch.answer_mask
+    assert metrics["clipped"] == 0 and metrics["policy_loss"] == pytest.approx(float(-exp.advantages[mask].mean()), abs=1e-6)
+    assert metrics["entropy"] > 0
+    assert metrics["value_loss"] == pytest.approx(float(.5 * ((exp.values - exp.returns)[mask] ** 2).mean()), rel=1e-6)
+
+
+def test_experience(policy, experience, rm, vlm):
+    "KL against the enumerated one in the mean; returns are rewards, values and bootstrap put together by hand."
+    cfg, roll, exp, info = experience
+    b = roll.batch
+    with torch.no_grad(): ref = token_logprobs(vlm.rule_out(vlm.answer_logits(b)), b.answers)
+    cost = .1 * (roll.logprobs - ref)
+    score = torch.where(roll.ended, rm(b), cfg.no_eos)
+    v = values(policy, rm, b)
+    assert not roll.ended.all()
+    for i, n in enumerate(b.lengths.tolist()):
+        running = 0.
+        for t in reversed(range(n)):
+            after = v[i, t + 1] if t + 1 < n or not roll.ended[i] else 0.
+            reward = (score[i] if t == n - 1 else 0.) - cost[i, t]
+            running = reward + after - v[i, t] + .95 * running
+            assert_close(exp.returns[i, t], running + v[i, t], atol=1e-6, rtol=1e-6)
+    assert info["kl"] > 0 and info["ended"] == pytest.approx(float(roll.ended.float().mean())) and info["length"] == pytest.approx(float(b.lengths.float().mean()))
+
+
+def test_kl_estimates_agree_with_the_full_divergence(vlm, prompts):
+    vlm.add_role("actor", SMALL_LORA)
+    shake(vlm, "actor", std=.1)
+    roll = sample(vlm, prompts * 100, "actor", max_new_tokens=4, seed=6)
+    b = roll.batch
+    with torch.no_grad(): z, ref = (vlm.rule_out(vlm.answer_logits(b, r)) for r in ("actor", None))
+    exact = (full_kl(z, ref) * b.answer_mask).sum() / len(b)
+    k1 = ((roll.logprobs - token_logprobs(ref, b.answers)) * b.answer_mask).sum(1)
+    assert exact.isfinite() and abs(k1.mean() - exact) < 4 * k1.std() / len(b) ** .5
+
+
+# --- emergencies ----------------------------------------------------------------------------------------------------
+
+def test_emergency_rolls_back(policy):
+    cfg = PPOConfig(kl_emergency=10., beta=.1, kl_target=6.)
+    state = PPOState(policy, cfg)
+    good = state.snapshot()
+    assert state.after(3.1, cfg) is False and state.control.beta == .1
+    with torch.no_grad(): state.params[0].add_(1.)
+    assert state.after(10.1, cfg) is True
+    assert all(torch.equal(a, b) for a, b in zip(state.snapshot(), good))
+    assert state.lr_scale == pytest.approx(.1) and state.control.beta == pytest.approx(.3) and state.emergencies == 1
+    other = PPOState(policy, cfg)
+    other.load_state_dict(state.state_dict())
+    assert (other.lr_scale, other.control.beta, other.emergencies) == (state.lr_scale, state.control.beta, 1)
+
+
+def test_a_run_recovers_from_an_explosion(tmp_path):
+    "One far too large step makes the KL explode: the emergency must bring back weights from before that step."
+    torch.manual_seed(0)
+    vlm = VLM(build_model(SMALL), build_processor(SMALL))
+    vlm.model.requires_grad_(False)
+    rm = RewardModel(vlm, RewardConfig(lora=SMALL_LORA)).requires_grad_(False)
+    cfg = PPOConfig(reward="rm", lora=SMALL_LORA, iterations=3, answers=8, minibatch=8, epochs=2, actor_lr=.5, warmup=0., finish=0., beta=1e-3,
+                    kl_emergency=.5, max_new_tokens=8, eval_every=9, save_every=9, keep="last")
+    policy = ActorCritic(rm, cfg)
+    policy.train_roles()
+    prompts = sample_prompts(30, "train", dict(detail=1.))
+    state = train_ppo(policy, rm, prompts, prompts[:2], cfg, tmp_path)
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert rows[0]["kl"] < 1e-6 and not rows[0]["emergency"] and rows[1]["kl"] > .5 and rows[1]["emergency"]
+    assert rows[2]["kl"] < .5 * rows[1]["kl"], "the weights that were brought back are those that exploded"
+    assert state.lr_scale < 1
