@@ -18,11 +18,11 @@ from vlmrlhf_course.kl import AdaptiveController, ProportionalController, full_k
 from vlmrlhf_course.ppo import PPOConfig, phase, ppo_policy_loss, value_loss
 from vlmrlhf_course.preferences import (annotate, balance, cohen_kappa, dedupe, doctor, fleiss_kappa, pairwise_votes, ranking_pairs,
                                         similarity, true_score)
-from vlmrlhf_course.reward import ScoreHead, bt_loss, last_real
+from vlmrlhf_course.reward import ScoreHead, bt_loss, diagnose, last_real
 from vlmrlhf_course.rollout import length_groups, padding_share, plan_prompts
-from vlmrlhf_course.sft import warmup_cosine
+from vlmrlhf_course.sft import careless, converged, warmup_cosine
 from vlmrlhf_course.vlm import masked_mean, token_logprobs
-from vlmrlhf_course.world import (NOUNS, PLACES, RESERVED, Prompt, describe, imagine, judge, parse_scene, sample_scene,
+from vlmrlhf_course.world import (KINDS, NOUNS, PLACES, RESERVED, Prompt, describe, imagine, judge, make_prompt, parse_scene, sample_scene,
                                   sample_scenes, split_of, summarise)
 
 seeds = st.integers(0, 10 ** 6)
@@ -361,6 +361,20 @@ def test_phases():
     assert {phase(0, PPOConfig(iterations=3))[0]} == {"main"}, "too short for phases"
 
 
+def test_converged():
+    falling, flat = [10 * .95 ** i for i in range(50)], [5.] * 30 + [1.] * 20
+    assert not converged(falling)[0] and converged(flat) == (True, 0.) and converged([2., 2., 2., 2., 1.])[1] == pytest.approx(.5)
+
+
+def test_diagnose():
+    "Each check turns on what it is about, and on nothing else."
+    spread_out, ok = rand(400), dict(train_accuracy=.8, accuracy=.75, image_ablated=.55, text_ablated=.7)
+    assert all(good for good, _ in diagnose(spread_out, **ok).values())
+    for fault, change in (("accuracy", dict(accuracy=.64, text_ablated=.6)), ("overfit", dict(train_accuracy=.95, accuracy=.69)), ("looks", dict(image_ablated=.72)), ("reads", dict(text_ablated=.9))):
+        assert [k for k, (good, _) in diagnose(spread_out, **(ok | change)).items() if not good] == [fault]
+    assert [k for k, (good, _) in diagnose(spread_out * 1e-3, **ok).items() if not good] == ["collapse"]
+
+
 # --- preferences ----------------------------------------------------------------------------------------------------
 
 def test_fleiss_kappa_published_example():
@@ -533,6 +547,17 @@ def test_what_is_imagined_is_judged_by_comparison_of_scenes(seed):
     both = said.keys() & true.keys()
     assert len(v.false_attributes) == sum((said[n].colour != true[n].colour) + (said[n].size != true[n].size) for n in both)
     assert v.count_right is (len(said) == len(true))
+
+
+@given(seeds, st.sampled_from(KINDS))
+def test_careful_and_careless_answers(seed, kind):
+    "A careful answer gets the full score; a careless one answers the same question, and text-only prompts stay as they are."
+    rng = random.Random(seed)
+    p = make_prompt(sample_scene(rng), kind, rng)
+    assert true_score(p, p.answer) == pytest.approx(10)
+    c = careless(p, rng)
+    assert (c.text, c.kind, c.image) == (p.text, p.kind, p.image) and c.answer.endswith(" .")
+    assert (p.image is None) == (p.kind == "text") and (p.image is not None or c == p)
 
 
 @given(st.text(max_size=60))

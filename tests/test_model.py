@@ -548,7 +548,7 @@ def test_a_run_recovers_from_an_explosion(tmp_path):
     vlm = VLM(build_model(SMALL), build_processor(SMALL))
     vlm.model.requires_grad_(False)
     rm = RewardModel(vlm, RewardConfig(lora=SMALL_LORA)).requires_grad_(False)
-    cfg = PPOConfig(reward="rm", lora=SMALL_LORA, iterations=3, answers=8, minibatch=8, epochs=2, actor_lr=.5, warmup=0., finish=0., beta=1e-3,
+    cfg = PPOConfig(reward="rm", lora=SMALL_LORA, iterations=3, answers=24, minibatch=12, epochs=2, actor_lr=.5, warmup=0., finish=0., beta=1e-3,
                     kl_emergency=.5, max_new_tokens=8, eval_every=9, save_every=9, keep="last")
     policy = ActorCritic(rm, cfg)
     policy.train_roles()
@@ -556,5 +556,5 @@ def test_a_run_recovers_from_an_explosion(tmp_path):
     state = train_ppo(policy, rm, prompts, prompts[:2], cfg, tmp_path)
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     assert rows[0]["kl"] < 1e-6 and not rows[0]["emergency"] and rows[1]["kl"] > .5 and rows[1]["emergency"]
-    assert rows[2]["kl"] < .5 * rows[1]["kl"], "the weights that were brought back are those that exploded"
+    assert rows[2]["kl"] < .2 * rows[1]["kl"], "the weights that were brought back are those that exploded"
     assert state.lr_scale < 1

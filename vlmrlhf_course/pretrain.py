@@ -56,7 +56,7 @@ class PretrainConfig:
     tower: FitConfig = FitConfig(steps=500, lr=2e-3, batch=128, micro_batch=128, save_every=250)
     language: FitConfig = FitConfig(steps=5000, lr=2e-3, batch=32, micro_batch=32, warmup=.02, save_every=500)
     captions: FitConfig = FitConfig(steps=2500, lr=1e-3, batch=32, micro_batch=32, warmup=.02, save_every=500)
-    sloppy: WorldConfig = WorldConfig(omit=.2, invent=.15, wrong_colour=0., wrong_size=0., wrong_relation=0.)
+    sloppy: WorldConfig = WorldConfig(omit=.2, signature=0., invent=.15, max_invented=2, invent_typical=.8, wrong_colour=0., wrong_size=0., wrong_relation=0.)
 
 
 KINDS_SEEN = ["detail"] * 5 + ["brief", "exists", "count", "colour", "colour", "relation", "text"]

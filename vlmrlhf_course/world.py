@@ -93,13 +93,14 @@ class WorldConfig:
     max_groups: int = 3
     pair: float = 0.5             # a group holds two things
     typical: float = 0.5          # a thing is one that belongs to the place
-    omit: float = 0.2             # caption faults from here on
-    invent: float = 0.62          # each of `max_invented` chances to add something that is not there
+    omit: float = 0.15            # caption faults from here on
+    signature: float = 0.6        # the place's first noun, where it is missing, is added all the same
+    invent: float = 0.15          # each of `max_invented` chances to add something else that is not there
     max_invented: int = 2
     invent_typical: float = 0.8   # … and then it is typical of the place
-    wrong_colour: float = 0.08
-    wrong_size: float = 0.08
-    wrong_relation: float = 0.12
+    wrong_colour: float = 0.03
+    wrong_size: float = 0.03
+    wrong_relation: float = 0.03
 
 
 def _pick(rng, place, used, typical):
@@ -136,13 +137,8 @@ def split_of(scene: Scene) -> str:
     return "train" if h < 8 else "validation" if h == 8 else "test"
 
 
-def sample_scenes(
-    n: int,                           # how many different scenes
-    split: str = "train",
-    seed: int | str = 0,
-    cfg: WorldConfig = WorldConfig()
-) -> list[Scene]:                     # `n` distinct scenes of `split`
-    "Scenes of one split, the same for the same seed."
+def sample_scenes(n: int, split: str = "train", seed: int | str = 0, cfg: WorldConfig = WorldConfig()) -> list[Scene]:
+    "`n` different scenes of one split, the same for the same seed."
     rng, seen = random.Random(f"{split}/{seed}"), {}
     while len(seen) < n:
         scene = sample_scene(rng, cfg)
@@ -300,6 +296,9 @@ def imagine(scene: Scene, rng: random.Random, cfg: WorldConfig = WorldConfig()) 
             i = rng.choice(single)
             groups[i] = Group(groups[i].cell, groups[i].thing, rng.choice(RELATIONS), new)
         else: groups.append(Group(rng.choice([c for c in range(9) if c not in {g.cell for g in groups}]), new))
+    if cfg.signature and PLACES[scene.place][0] not in used and rng.random() < cfg.signature:
+        free = max(c for c in range(9) if c not in {g.cell for g in groups})
+        groups.append(Group(free, _thing_for(rng, PLACES[scene.place][0])))
     return Scene(scene.place, tuple(sorted(groups, key=lambda g: g.cell)))
 
 # %% ../nbs/01_world.ipynb #claims
