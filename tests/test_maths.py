@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
-from vlmrlhf_course.advantages import gae, potential_shaping, token_rewards, vision_gamma, whiten
+from vlmrlhf_course.advantages import ValueHead, gae, potential_shaping, token_rewards, vision_gamma, whiten
 from vlmrlhf_course.hallucination import PenaltyConfig, hallucinations, overall_rate, penalty, pope_questions, severity
 from vlmrlhf_course.kl import AdaptiveController, ProportionalController, full_kl, kl_by_grounding, kl_estimate
 from vlmrlhf_course.ppo import PPOConfig, phase, ppo_policy_loss, value_loss
@@ -134,6 +134,20 @@ def test_potential_shaping_telescopes(seed, gamma):
     mask, phi = right_mask([5, 2, 1], 5), rand(3, 5, seed=seed)
     f = potential_shaping(phi, mask, gamma)
     assert_close((f * gamma ** torch.arange(5)).sum(1), -phi[:, 0], check_dtype=False), assert_close(f * ~mask, torch.zeros_like(f))
+
+
+def test_value_head_looks_at_the_picture():
+    torch.manual_seed(0)
+    head, h, seen, pictures = ValueHead(8, 6, heads=2).double(), rand(3, 4, 8), torch.tensor([True, False, True]), rand(2, 5, 6, seed=1)
+    assert not head(h, pictures, seen).any(), "it starts by predicting zero"
+    torch.nn.init.normal_(head.out.weight)
+    v = head(h, pictures, seen)
+    assert v.shape == (3, 4)
+    assert_close(v[:1], head(h[:1], pictures[:1], seen[:1])), assert_close(v[2:], head(h[2:], pictures[1:], seen[2:])), assert_close(v[1:2], head(h[1:2], None, seen[1:2]))
+    assert ((v - head(h, pictures + rand(2, 5, 6, seed=2), seen)).abs().amax(1) > 1e-6).tolist() == seen.tolist()
+    moved = h.clone()
+    moved[:, 2] = rand(3, 8, seed=3)
+    assert ((v - head(moved, pictures, seen)).abs() > 1e-9).all(0).tolist() == [False, False, True, False], "each token has its own value"
 
 
 def test_vision_gamma(): assert_close(vision_gamma(torch.tensor([-1., 0., .5, 1., 9.])), torch.tensor([.99, .99, .965, .94, .94]))
@@ -324,13 +338,6 @@ def test_score_head_does_not_see_padding(pooling, norm):
     assert token.shape == (2, 5)
 
 
-def test_score_head_scale():
-    head, x, mask = ScoreHead(4).double(), rand(2, 3, 4), right_mask([3, 2], 3)
-    raw = head(x, mask)
-    head.shift.fill_(2.), head.scale.fill_(4.)
-    assert_close(head(x, mask), (raw - 2) / 4)
-
-
 def test_token_logprobs():
     z, tokens = rand(2, 3, 7, scale=3.), torch.randint(7, (2, 3), generator=torch.Generator().manual_seed(0))
     for T in (1., .5, 2.):
@@ -422,6 +429,12 @@ class TestRankingPairs:
         if pairs:
             assert sum(w for *_, w in pairs) / len(pairs) == pytest.approx(1)
             assert len({round(w / (total[j] - total[i]), 6) for i, j, w in pairs}) == 1, "proportional to the gap"
+
+    def test_close_calls_give_no_pair(self):
+        rankings = [[0, 1, 2], [0, 2, 1], [1, 0, 2]]   # mean ranks 1/3, 1, 5/3
+        assert [(i, j) for i, j, _ in ranking_pairs(rankings, 1.)] == [(0, 2)] and ranking_pairs(rankings, 1.)[0][2] == pytest.approx(1)
+        assert [(i, j) for i, j, _ in ranking_pairs(rankings, 2 / 3)] == [(0, 1), (0, 2), (1, 2)], "a gap of just this size counts"
+        assert ranking_pairs(rankings, 1.5) == []
 
     def test_votes(self): assert pairwise_votes([[0, 1, 2], [0, 2, 1], [1, 0, 2]]) == [[2, 1], [3, 0], [2, 1]]
 
@@ -564,6 +577,25 @@ def test_careful_and_careless_answers(seed, kind):
 def test_any_text_can_be_judged(text):
     v = judge(text, SCENE)
     assert 0 <= v.recall <= 1 and v.length == len(text.split())
+
+
+@pytest.mark.parametrize("text, field, want", [
+    ("a boat on a cat .", "false_relations", (("boat", "on", "cat"),)),
+    ("a cat on a boat .", "true_relations", (("cat", "on", "boat"),)),
+    ("a cat and a kite and a cat .", "false_objects", ("cat",)),
+    ("a red fish on a boat .", "false_attributes", ()),
+    ("a red fish on a boat .", "false_relations", ()),
+    ("a large green boat .", "false_attributes", (("boat", "colour", "green"),)),
+    ("there are four things .", "count_right", False), ("in this room scene", "place_right", False), ("a cat .", "count_right", None)])
+def test_judge(text, field, want):
+    "`on` has a direction, naming a thing twice claims a second one, what is said about absent things is not judged again."
+    assert getattr(judge(text, SCENE), field) == want
+
+
+def test_beside_has_no_direction():
+    scene = parse_scene("room: small red cat beside large blue cup @0; small red ball @4")
+    for text in ("a cat beside a cup .", "a cup beside a cat ."): assert not judge(text, scene).false_relations and judge(text, scene).true_relations
+    assert judge("a cat beside a ball .", scene).false_relations
 
 
 def test_summary_of_the_example():

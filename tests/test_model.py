@@ -210,6 +210,8 @@ def test_acting_is_undone_also_after_errors(vlm, full):
     with pytest.raises(ZeroDivisionError):
         with vlm.acting("a"):
             with vlm.acting(None): assert torch.equal(vlm.answer_logits(full, "b"), want["b"])
+            h = vlm.language(inputs_embeds=vlm.embed(full), attention_mask=full.attention_mask, position_ids=full.position_ids).last_hidden_state
+            assert torch.equal(h, vlm.hidden(full, "a")), "the outer role speaks again after the inner block"
             1 / 0
     for r in want: assert torch.equal(vlm.answer_logits(full, r), want[r])
 
@@ -254,6 +256,13 @@ class TestCopy:
         vlm.add_role("actor", LoRAConfig(r=0))
         close(vlm.answer_logits(full, "actor"), before)
 
+    def test_sampling_speaks_with_the_copy(self, vlm, prompts):
+        vlm.add_role("actor", LoRAConfig(r=0))
+        shake(vlm, "actor")
+        roll = sample(vlm, prompts, "actor", max_new_tokens=5, seed=2)
+        z, mask = vlm.rule_out(vlm.answer_logits(roll.batch, "actor")), roll.batch.answer_mask
+        close(token_logprobs(z, roll.batch.answers)[mask], roll.logprobs[mask])
+
     def test_generate_speaks_with_the_copy(self, vlm, prompts):
         "`answer` (generate) and `sample` must hear the same role."
         vlm.add_role("actor", LoRAConfig(r=0))
@@ -272,15 +281,35 @@ def test_generate_speaks_with_the_adapter(vlm, prompts):
 
 # --- reward model ---------------------------------------------------------------------------------------------------
 
-@pytest.fixture
-def rm(vlm):
+def reward_model(vlm, kind):
     torch.manual_seed(2)
-    rm = RewardModel(vlm, RewardConfig(lora=SMALL_LORA))
-    rm.head.double()
+    rm = RewardModel(vlm, RewardConfig(lora=SMALL_LORA, kind=kind)).double()
     rm.requires_grad_(False)
     shake(vlm, "reward")
     nn.init.normal_(rm.head.out.weight)
     return rm
+
+
+@pytest.fixture
+def token_rm(vlm): return reward_model(vlm, "token")
+
+
+@pytest.fixture(params=["token", "scalar"])
+def rm(request, vlm): return reward_model(vlm, request.param)
+
+
+def test_reward_by_definition(rm, vlm, full):
+    "The head on the states after each answer token, added up; or on the state after the last one, which is EOS."
+    h = vlm.hidden(full, "reward")
+    for i, n in enumerate(full.lengths.tolist()):
+        states = h[i:i + 1, full.prompt_length:full.prompt_length + n]
+        one = torch.ones(1, n).bool()
+        want = rm.head(states, one).sum() if rm.cfg.kind == "token" else rm.head(states[:, -1:], one[:, :1])[0]
+        close(rm(full)[i], want)
+    raw = rm(full)
+    rm.shift.fill_(2.), rm.scale.fill_(4.)
+    close(rm(full), (raw - 2) / 4)
+    close(rm(full, rm.states(full)), (raw - 2) / 4)
 
 
 def test_rewards_do_not_depend_on_company(rm, prompts):
@@ -288,6 +317,8 @@ def test_rewards_do_not_depend_on_company(rm, prompts):
     together = score_texts(rm, prompts, said)
     close(together, torch.cat([score_texts(rm, [p], [a]) for p, a in zip(prompts, said)]))
     close(together, score_texts(rm, prompts, said, chunk=2))
+    other = [p.image or "blank" for p in prompts[::-1]]
+    close(score_texts(rm, prompts, said, other, chunk=2), score_texts(rm, prompts, said, other))
     blank = score_texts(rm, prompts, said, ["blank"] * len(prompts), chunk=4)
     assert ((blank - together).abs() > 1e-6).tolist() == [p.image is not None for p in prompts]
     cut = [a.rsplit(" ", 2)[0] for a in said]
@@ -296,7 +327,7 @@ def test_rewards_do_not_depend_on_company(rm, prompts):
 
 def test_reward_state_round_trip(rm, prompts):
     other = copy.deepcopy(rm)
-    shake(rm.vlm, "reward", seed=9), rm.head.shift.fill_(.5)
+    shake(rm.vlm, "reward", seed=9), rm.shift.fill_(.5), rm.scale.fill_(3.)
     said = [p.answer for p in prompts]
     want = score_texts(rm, prompts, said)
     assert not torch.allclose(want, score_texts(other, prompts, said))
@@ -323,12 +354,11 @@ def test_pair_accuracy_counts(rm, pairs):
 # --- critic ---------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(params=["head", "adapter"])
-def policy(request, rm):
+def policy(request, token_rm):
     torch.manual_seed(3)
-    policy = ActorCritic(rm, PPOConfig(critic=request.param, lora=SMALL_LORA))
-    policy.value.double()
+    policy = ActorCritic(token_rm, PPOConfig(critic=request.param, lora=SMALL_LORA)).double()
     for p in policy.value.parameters(): nn.init.normal_(p, std=.3)
-    shake(rm.vlm, "actor", std=.05, seed=7)
+    shake(policy.vlm, "actor", std=.05, seed=7)
     policy.train_roles()
     return policy
 
@@ -338,24 +368,29 @@ def values(policy, rm, batch):
     return policy.values(batch, states).detach()
 
 
-def test_there_is_a_value_for_each_token_and_it_does_not_see_the_future(policy, rm, vlm, full):
-    want = values(policy, rm, full)
+def test_there_is_a_value_for_each_token_and_it_does_not_see_the_future(policy, token_rm, vlm, full):
+    want = values(policy, token_rm, full)
     assert want.shape == (len(full), full.answers.shape[1] + 1)
     for t in (0, 1, 3):
         b = Batch(full.input_ids.clone(), full.attention_mask, full.answer_mask, full.features, full.prompt_length, full.has_image)
         b.input_ids[:, b.prompt_length + t] = vlm.tokenizer.convert_tokens_to_ids("moon")
-        got, real = values(policy, rm, b), full.lengths > t
+        got, real = values(policy, token_rm, b), full.lengths > t
         close(got[:, :t + 1], want[:, :t + 1])                        # V(s_t) is known before token t is chosen
         assert ((got[real, t + 1] - want[real, t + 1]).abs() > 1e-9).all(), "the value after a token must see it"
 
 
-def test_values_see_the_picture_and_not_the_company(policy, rm, vlm, prompts, full):
-    want = values(policy, rm, full)
+def test_values_see_the_picture_and_not_the_company(policy, token_rm, vlm, prompts, full):
+    want = values(policy, token_rm, full)
     blank = vlm.batch(prompts, [p.answer for p in prompts], images=["blank"] * len(prompts))
-    assert ((values(policy, rm, blank) - want).abs().amax(1) > 1e-9).tolist() == [p.image is not None for p in prompts]
+    assert ((values(policy, token_rm, blank) - want).abs().amax(1) > 1e-9).tolist() == [p.image is not None for p in prompts]
     for i in range(len(prompts)):
-        row = values(policy, rm, full.rows(torch.tensor([i])))
+        row = values(policy, token_rm, full.rows(torch.tensor([i])))
         close(row[0], want[i, :row.shape[1]])
+
+
+def test_a_critic_of_its_own_starts_as_the_reward_model(policy, vlm, full):
+    if policy.kind == "adapter": assert torch.equal(vlm.hidden(full, "critic"), vlm.hidden(full, "reward"))
+    else: assert "critic" not in vlm.roles and not any(".critic." in n for n, _ in policy.named_parameters())
 
 
 def test_what_learns(policy):
@@ -423,6 +458,21 @@ def test_sampled_tokens_follow_the_distribution(vlm, prompts, temperature):
     assert dof > 5 and chi < dof + 5 * (2 * dof) ** .5
 
 
+def test_there_is_no_sampling_at_temperature_zero(vlm, prompts):
+    with pytest.raises(ValueError, match="temperature"): sample(vlm, prompts[:1], temperature=0.)
+
+
+def test_a_pad_that_is_also_eos(vlm, prompts):
+    "Many tokenizers pad with EOS. The EOS that ends an answer is an action: it is in the mask, what follows is not."
+    vlm.pad_id = vlm.eos_id
+    push(vlm, [vlm.eos_id], 2.)
+    b = (roll := sample(vlm, prompts * 3, max_new_tokens=8, seed=1)).batch
+    for row, mask, ended in zip(b.answers, b.answer_mask, roll.ended):
+        n = int(mask.sum())
+        assert mask[:n].all() and (row[:n - 1] != vlm.eos_id).all() and (row[n - 1] == vlm.eos_id) == ended
+    assert roll.ended.any() and not roll.logprobs[~b.answer_mask].any()
+
+
 def test_a_text_only_batch(vlm, prompts):
     text = [p for p in prompts if not p.image] * 2
     roll = sample(vlm, text, max_new_tokens=4)
@@ -432,7 +482,7 @@ def test_a_text_only_batch(vlm, prompts):
 def test_with_answers(vlm, prompts):
     b, said = vlm.batch(prompts), [p.answer for p in prompts]
     whole = vlm.batch(prompts, said)
-    again = with_answers(b, whole.answers, vlm.pad_id)
+    again = with_answers(b, whole.answers, whole.answer_mask)
     for name in ("input_ids", "attention_mask", "answer_mask", "features", "has_image"): assert torch.equal(getattr(again, name), getattr(whole, name))
 
 
@@ -471,11 +521,11 @@ def test_reward_does_not_depend_on_micro_batches(rm, pairs):
 
 
 @pytest.fixture
-def experience(policy, rm, vlm, prompts):
+def experience(policy, token_rm, vlm, prompts):
     push(vlm, [vlm.eos_id], 2.)
     cfg = PPOConfig(critic=policy.kind, reward="rm", lora=SMALL_LORA)
     roll = sample(vlm, prompts, "actor", max_new_tokens=9, seed=2)
-    return cfg, roll, *make_experience(policy, rm, roll, cfg, beta=.1)
+    return cfg, roll, *make_experience(policy, token_rm, roll, cfg, beta=.1)
 
 
 def test_ppo_does_not_depend_on_micro_batches(policy, experience, vlm):
@@ -496,19 +546,19 @@ def test_the_first_update_starts_at_ratio_one(policy, experience):
     assert metrics["value_loss"] == pytest.approx(float(.5 * ((exp.values - exp.returns)[mask] ** 2).mean()), rel=1e-6)
 
 
-def test_experience(policy, experience, rm, vlm):
-    "KL against the enumerated one in the mean; returns are rewards, values and bootstrap put together by hand."
+def test_experience(policy, experience, token_rm, vlm):
+    "KL against the enumerated one in the mean; returns are rewards and values put together by hand."
     cfg, roll, exp, info = experience
     b = roll.batch
     with torch.no_grad(): ref = token_logprobs(vlm.rule_out(vlm.answer_logits(b)), b.answers)
     cost = .1 * (roll.logprobs - ref)
-    score = torch.where(roll.ended, rm(b), cfg.no_eos)
-    v = values(policy, rm, b)
+    score = torch.where(roll.ended, token_rm(b), cfg.no_eos)
+    v = values(policy, token_rm, b)
     assert not roll.ended.all()
     for i, n in enumerate(b.lengths.tolist()):
         running = 0.
         for t in reversed(range(n)):
-            after = v[i, t + 1] if t + 1 < n or not roll.ended[i] else 0.
+            after = v[i, t + 1] if t + 1 < n else 0.   # an answer without EOS was scored, too: it ended there
             reward = (score[i] if t == n - 1 else 0.) - cost[i, t]
             running = reward + after - v[i, t] + .95 * running
             assert_close(exp.returns[i, t], running + v[i, t], atol=1e-6, rtol=1e-6)

@@ -140,6 +140,8 @@ class TestFiles:
         monkeypatch.undo()
         write_text(file, "new")
         assert file.read_text() == "new"
+        write_text(tmp_path / "other" / "f.txt", "x")
+        assert [f.name for f in (tmp_path / "other").iterdir()] == ["f.txt"], "nothing is left beside it"
 
     def test_jsonl_round_trip(self, tmp_path):
         rows = [dict(a=1, text="é\u2028 \"quoted\""), dict(a=[1, None], text="line\nbreak")]

@@ -181,6 +181,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'vlmrlhf_course/reward.py'),
                                        'vlmrlhf_course.reward.RewardModel.states': ( 'reward.html#rewardmodel.states',
                                                                                      'vlmrlhf_course/reward.py'),
+                                       'vlmrlhf_course.reward.RewardModel.token_scores': ( 'reward.html#rewardmodel.token_scores',
+                                                                                           'vlmrlhf_course/reward.py'),
                                        'vlmrlhf_course.reward.RewardTask': ('reward.html#rewardtask', 'vlmrlhf_course/reward.py'),
                                        'vlmrlhf_course.reward.RewardTask.__init__': ( 'reward.html#rewardtask.__init__',
                                                                                       'vlmrlhf_course/reward.py'),

@@ -31,7 +31,7 @@ from .world import Prompt, Scene, WorldConfig, draw, judge, make_prompt, sample_
 @dataclass(frozen=True)
 class EvaluateConfig:
     "How many held-out pictures, and n of best-of-n."
-    scenes: int = 400
+    scenes: int = 300
     best_of: int = 8
     samples: int = 6      # pictures in the report
 

@@ -81,7 +81,11 @@ def grounded_mask(
     return (full_kl(vlm.answer_logits(batch), vlm.answer_logits(blank)) > threshold) & batch.answer_mask
 
 
-def kl_by_grounding(kl: torch.Tensor, grounded: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
+def kl_by_grounding(
+    kl: torch.Tensor,         # (B, A), such as `full_kl`
+    grounded: torch.Tensor,   # (B, A), see `grounded_mask`
+    mask: torch.Tensor,       # (B, A), real tokens
+) -> dict[str, float]:        # grounded, prior: mean KL of such a token; share: of the total, what the grounded ones hold
     "Mean KL per token on grounded and on prior tokens, and the share of the total that the grounded ones hold."
     a, b = masked_mean(kl, grounded), masked_mean(kl, mask & ~grounded)
     return dict(grounded=float(a), prior=float(b), share=float((kl * grounded).sum() / (kl * mask).sum().clamp(min=1e-9)))

@@ -90,7 +90,7 @@ class PPOConfig:
     "One PPO run. KL is in nats per answer; `reward` is rm, rm+penalty or gold (the true score)."
     reward: str = "rm+penalty"
     reward_model: str = "reward"      # section of the reward model
-    iterations: int = 40
+    iterations: int = 32
     answers: int = 128                # sampled in each iteration, over all processes
     epochs: int = 2
     minibatch: int = 64
@@ -98,8 +98,9 @@ class PPOConfig:
     pool: int = 2000                  # prompts to draw from
     kinds: dict[str, float] = field(default_factory=lambda: dict(detail=.85, brief=.15))
     critic: str = "head"              # or `adapter`: see ActorCritic
-    actor_lr: float = 1e-3
-    critic_lr: float = 2e-3
+    dense: bool = True                # pay the reward model's token scores at their tokens (potential-based: the sum is the same)
+    actor_lr: float = 2e-3
+    critic_lr: float = 4e-3
     clip: float = 0.2
     value_clip: float = 0.5
     value_coef: float = 0.5
@@ -115,8 +116,8 @@ class PPOConfig:
     kl_emergency: float = 30.0
     warmup: float = 0.1               # phase 1: share of the iterations, lr × 0.1, β × 5
     finish: float = 0.1               # phase 3: lr decays to 0, β × 1.5
-    eval_every: int = 10
-    save_every: int = 10
+    eval_every: int = 8
+    save_every: int = 8
     keep: str = "best"                # which policy is the result: the best on validation, or the last
     lora: LoRAConfig = LoRAConfig()
     penalty: PenaltyConfig = PenaltyConfig()
@@ -175,14 +176,14 @@ def make_experience(
     b, vlm = roll.batch, policy.vlm
     mask = b.answer_mask
     ref = token_logprobs(vlm.rule_out(vlm.answer_logits(b)), b.answers, roll.temperature)
-    states = rm.states(b)
-    score, info = answer_scores(rm, roll, cfg, step, states)
-    states = states[:, b.prompt_length - 1:] if cfg.critic == "head" else None
+    rm_states = rm.states(b)
+    score, info = answer_scores(rm, roll, cfg, step, rm_states)
+    states = rm_states[:, b.prompt_length - 1:] if cfg.critic == "head" else None
     values = policy.values(b, states)
-    rewards = token_rewards(score, beta * kl_estimate(roll.logprobs, ref, "k1"), mask)
-    after = values.gather(1, b.lengths.unsqueeze(1)).squeeze(1)
+    early = rm.token_scores(b, rm_states) / rm.scale if cfg.dense and rm.cfg.kind == "token" else torch.zeros_like(ref)
+    rewards = early + token_rewards(score - early.sum(1), beta * kl_estimate(roll.logprobs, ref, "k1"), mask)
     values = values[:, :-1]
-    advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam, torch.where(roll.ended, 0., after))
+    advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)
     k3 = (kl_estimate(roll.logprobs, ref, "k3") * mask).sum(1)
     var = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
     info |= dict(kl=float(k3.mean()), kl_max=float(k3.max()), kl_token=float(k3.sum() / mask.sum()), length=float(b.lengths.float().mean()),
@@ -230,10 +231,10 @@ class PPOState:
         with torch.no_grad():
             for p, w in zip(self.params, weights): p.copy_(w)
 
-    def after(self, kl: float, cfg: PPOConfig) -> bool:
-        "Adjust β; on an emergency roll back, slow down and pull harder. True on an emergency."
+    def after(self, kl: float, cfg: PPOConfig, control: bool = True) -> bool:
+        "Adjust β (if `control`); on an emergency roll back, slow down and pull harder. True on an emergency."
         if kl <= cfg.kl_emergency:
-            self.control.update(kl)
+            if control: self.control.update(kl)
             self.good = self.snapshot()
             return False
         self.restore(self.good)
@@ -290,7 +291,7 @@ def train_ppo(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], valid
                 optimizer.step(); optimizer.zero_grad()
 
         kl = float(accelerator.reduce(torch.tensor(info["kl"], device=accelerator.device), "mean"))
-        emergency = state.after(kl, cfg)
+        emergency = state.after(kl, cfg, control=name != "warm-up")   # KL is still near 0 there: β would only be given away
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.iterations:
             info["validation"] = validate(policy, rm, validation, cfg, cfg.beta)
             if info["validation"] > state.best: state.best, state.best_weights = info["validation"], state.snapshot()

@@ -126,10 +126,12 @@ def pairwise_votes(rankings: list[list[int]]) -> list[list[int]]:
 
 def ranking_pairs(
     rankings: list[list[int]],             # one list of ranks for each annotator, 0 is best
+    min_gap: float = 0.,                   # smaller differences of mean ranks give no pair
 ) -> list[tuple[int, int, float]]:         # (chosen, rejected, weight); the weights' mean is 1
     "Weighted pairs from annotators' rankings; ties give no pair."
     total = [sum(r[i] for r in rankings) / len(rankings) for i in range(len(rankings[0]))]
-    pairs = [(i, j, total[j] - total[i]) for i, j in itertools.permutations(range(len(total)), 2) if total[i] < total[j]]
+    pairs = [(i, j, total[j] - total[i]) for i, j in itertools.permutations(range(len(total)), 2)
+             if total[j] - total[i] > 0 and total[j] - total[i] >= min_gap - 1e-9]
     mean = sum(gap for *_, gap in pairs) / max(1, len(pairs))
     return [(i, j, gap / mean) for i, j, gap in pairs]
 
@@ -167,7 +169,9 @@ class PreferencesConfig:
     samples: int = 2               # answers at each temperature
     max_similarity: float = 0.9
     annotators: int = 3
-    noise: float = 0.5
+    noise: float = 0.4
+    min_gap: float = 1.0           # pairs need at least this difference of mean ranks: closer calls are mostly noise
+    balance: float = 0.            # no kind may have more than this times the pairs of the rarest (0: leave the mixture as it is)
     kinds: dict[str, float] = field(default_factory=lambda: dict(detail=.75, brief=.13, exists=.03, count=.03, colour=.03, relation=.03))
 
 
@@ -211,11 +215,11 @@ def label(
     return rows
 
 # %% ../nbs/04_preferences.ipynb #to-pairs
-def pair_rows(labelled: list[dict]) -> list[dict]:
+def pair_rows(labelled: list[dict], min_gap: float = 0.) -> list[dict]:
     "Rows of `preferences.jsonl`: image, prompt, chosen, rejected, weight, and `gold` (does the truth agree?)."
     out = []
     for r in labelled:
-        for i, j, weight in ranking_pairs(r["rankings"]):
+        for i, j, weight in ranking_pairs(r["rankings"], min_gap):
             out.append(dict(id=r["id"], kind=r["kind"], image=r["image"], prompt=r["prompt"], chosen=r["answers"][i], rejected=r["answers"][j],
                             weight=round(weight, 4), gold=r["scores"][i] > r["scores"][j]))
     return [r for r in out if doctor(r) is None]
@@ -241,7 +245,8 @@ def preferences_stage(run: Run) -> tuple[list[dict], list[dict]]:
             rows = label(prompts, sample_candidates(vlm, prompts, cfg, run.seed), cfg, run.seed)
             votes = [v for r in rows for v in pairwise_votes(r["rankings"])]
             info[split] = dict(kappa=fleiss_kappa(votes), candidates=sum(len(r["answers"]) for r in rows) / len(rows))
+            pairs = pair_rows(rows, cfg.min_gap)
             write_jsonl(folder / f"candidates-{split}.jsonl", rows)
-            write_jsonl(folder / f"{split}.jsonl", balance(pair_rows(rows), most=20))
+            write_jsonl(folder / f"{split}.jsonl", balance(pairs, most=cfg.balance) if cfg.balance else pairs)
         run.finish("preferences", uses, **info)
     return load_pairs(folder / "train.jsonl"), load_pairs(folder / "validation.jsonl")

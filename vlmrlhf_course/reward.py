@@ -38,7 +38,6 @@ class ScoreHead(nn.Module):
         self.attend = nn.Linear(width, 1) if pooling == "attention" else None
         self.out = nn.Linear(width, 1)
         nn.init.normal_(self.out.weight, std=width ** -0.5 * .1); nn.init.zeros_(self.out.bias)
-        self.register_buffer("shift", torch.zeros(())), self.register_buffer("scale", torch.ones(()))
 
     def pool(self, x, mask):
         if self.pooling == "last": return last_real(x, mask)
@@ -49,8 +48,7 @@ class ScoreHead(nn.Module):
         "hidden (B, A, H), mask (B, A) → (B,) for scalar heads, (B, A) for token heads."
         x = hidden if self.kind == "token" else self.pool(hidden, mask)
         flat = self.out(self.norm(x.flatten(0, -2))).view(x.shape[:-1])
-        score = torch.tanh(flat) if self.squash else flat
-        return (score - self.shift) / self.scale
+        return torch.tanh(flat) if self.squash else flat
 
 # %% ../nbs/05_reward.ipynb #bt
 def bt_loss(
@@ -71,12 +69,13 @@ def bt_loss(
 class RewardConfig:
     "Adapter, head, loss and training of the reward model. `batch` counts prompts; all pairs of a prompt come along."
     lora: LoRAConfig = LoRAConfig()
+    kind: str = "token"         # token: a score for each token, added up; scalar: one from the pooled states
     pooling: str = "last"
     norm: str = "layer"
     margin: float = 0.5
     margin_coef: float = 0.1
     pull_coef: float = 0.01
-    epochs: float = 2.0
+    epochs: float = 1.25
     prompts: int = 0            # learn from this many prompts only (0: all)
     fit: FitConfig = FitConfig(lr=2e-3, batch=12, micro_batch=12, save_every=100)
 
@@ -88,24 +87,33 @@ class RewardModel(nn.Module):
         self.vlm, self.cfg, self.trunk = vlm, cfg, vlm.model
         vlm.add_role("reward", cfg.lora)
         self.own = vlm.roles["reward"] if "reward" in vlm.roles else None
-        self.head = ScoreHead(vlm.width, pooling=cfg.pooling, norm=cfg.norm).to(vlm.device)
+        self.head = ScoreHead(vlm.width, cfg.kind, cfg.pooling, cfg.norm).to(vlm.device)
+        self.register_buffer("shift", torch.zeros((), device=vlm.device)), self.register_buffer("scale", torch.ones((), device=vlm.device))
 
     def states(self, batch: Batch) -> torch.Tensor: return self.vlm.hidden(batch, "reward")   # (B, P+A, H)
 
-    def forward(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
-        "Rewards (B,): read after the last answer token, which has seen the picture, the question and the whole answer."
+    def token_scores(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
+        "The head's output: (B, A) for the kind `token`, 0 at padding; (B,) for `scalar`."
         states = self.states(batch) if states is None else states
-        return self.head(states[:, batch.prompt_length:], batch.answer_mask)
+        out = self.head(states[:, batch.prompt_length:], batch.answer_mask)
+        return out * batch.answer_mask if self.cfg.kind == "token" else out
+
+    def forward(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
+        "Rewards (B,). Each state has seen the picture, the question and the answer up to its token."
+        raw = self.token_scores(batch, states)
+        return ((raw.sum(1) if self.cfg.kind == "token" else raw) - self.shift) / self.scale
 
     def state(self) -> dict[str, torch.Tensor]:
         "The weights that are the reward model's own: head and adapter (or copy)."
-        own = {f"head.{k}": v for k, v in self.head.state_dict().items()}
+        own = {f"head.{k}": v for k, v in self.head.state_dict().items()} | {"norm.shift": self.shift, "norm.scale": self.scale}
         return own | {f"role.{k}": v for k, v in self.vlm.role_state("reward").items()}
 
     def load(self, state: dict[str, torch.Tensor]):
         "Take over what `state` returned."
-        self.head.load_state_dict({k[5:]: v for k, v in state.items() if k.startswith("head.")})
-        self.vlm.load_role("reward", {k[5:]: v for k, v in state.items() if k.startswith("role.")})
+        def part(name): return {k[len(name):]: v for k, v in state.items() if k.startswith(name)}
+        self.head.load_state_dict(part("head."))
+        self.shift.copy_(state["norm.shift"]), self.scale.copy_(state["norm.scale"])
+        self.vlm.load_role("reward", part("role."))
 
 # %% ../nbs/05_reward.ipynb #score
 @torch.no_grad()
@@ -182,7 +190,7 @@ def train_reward(rm: RewardModel, pairs: list[dict], cfg: RewardConfig, folder, 
         return [groups[i] for i in order[k:k + cfg.fit.batch]]
     fit(RewardTask(rm), at, replace(cfg.fit, steps=steps), folder, "reward model")
     scores = score_texts(rm, [Prompt("", r["prompt"], "", r["image"]) for r in pairs[:2000]], [r["chosen" if i % 2 else "rejected"] for i, r in enumerate(pairs[:2000])])
-    rm.head.shift.copy_(scores.mean()), rm.head.scale.copy_(scores.std())
+    rm.shift.copy_(scores.mean()), rm.scale.copy_(scores.std())
     return rm.requires_grad_(False)
 
 # %% ../nbs/05_reward.ipynb #stage

@@ -33,10 +33,11 @@ def sample(
     max_new_tokens: int = 72,
     seed: int = 0,
 ) -> Rollout:
-    "Sample one answer for each prompt. Placeholder and padding are never sampled."
+    "Sample one answer for each prompt. Placeholder and padding are never sampled. Raises ValueError at temperature 0."
+    if temperature <= 0: raise ValueError(f"temperature {temperature}: sampling needs one above 0; for greedy answers use `answer`")
     b = vlm.batch(prompts)
     gen = torch.Generator(vlm.device).manual_seed(seed)
-    tokens, logprobs, done = [], [], torch.zeros(len(b), dtype=torch.bool, device=vlm.device)
+    tokens, logprobs, alive, done = [], [], [], torch.zeros(len(b), dtype=torch.bool, device=vlm.device)
     language, head = vlm.parts(role)
     with vlm.acting(role):
         cache, mask, embeds, position = DynamicCache(), b.attention_mask, vlm.embed(b, role), b.position_ids
@@ -46,21 +47,21 @@ def sample(
             token = torch.multinomial((logits[:, 0] / temperature).softmax(-1), 1, generator=gen)
             logprobs.append(token_logprobs(logits, token, temperature))
             tokens.append(token.masked_fill(done.unsqueeze(1), vlm.pad_id))
-            mask = torch.cat([mask, (~done).long().unsqueeze(1)], 1)
+            alive.append(~done.unsqueeze(1))   # not `token != pad`: many tokenizers pad with EOS, and EOS is an action
+            mask = torch.cat([mask, alive[-1].long()], 1)
             done = done | (token[:, 0] == vlm.eos_id)
             if done.all(): break
             embeds, position = language.get_input_embeddings()(token), position[:, -1:] + 1
-    answers = torch.cat(tokens, 1)
-    return Rollout(prompts, with_answers(b, answers, vlm.pad_id), torch.cat(logprobs, 1), done, temperature)
+    real = torch.cat(alive, 1)
+    return Rollout(prompts, with_answers(b, torch.cat(tokens, 1), real), torch.cat(logprobs, 1) * real, done, temperature)
 
 # %% ../nbs/09_rollout.ipynb #with-answers
 def with_answers(
     batch: Batch,            # prompts alone
     answers: torch.Tensor,   # (B, A), padded on the right
-    pad_id: int,
+    mask: torch.Tensor,      # (B, A), True at real tokens
 ) -> Batch:
     "The prompts of `batch` with these answers."
-    mask = answers != pad_id
     return Batch(torch.cat([batch.input_ids, answers], 1), torch.cat([batch.attention_mask, mask.long()], 1), mask,
                  batch.features, batch.prompt_length, batch.has_image)
 

@@ -119,7 +119,7 @@ def fit(
 class SFTConfig:
     "Both stages: a pool of `pictures`, steps and learning rates, the mixture of instructions."
     pictures: int = 3000
-    projector: FitConfig = FitConfig(steps=150, lr=5e-3)
+    projector: FitConfig = FitConfig(steps=300, lr=1e-2)
     language: FitConfig = FitConfig(steps=300, lr=7e-4)
     kinds: dict[str, float] = field(default_factory=lambda: dict(detail=.55, brief=.1, exists=.1, count=.05, colour=.05, relation=.05, text=.1))
 

@@ -149,8 +149,8 @@ class VLM:
     def vision_width(self): return self.model.config.vision_config.hidden_size
     @property
     def banned_ids(self):
-        "Tokens that must never be sampled: a sampled placeholder breaks the next forward pass, pad has no meaning."
-        return [self.image_token_id, self.pad_id]
+        "Tokens that must never be sampled: a placeholder breaks the next forward pass, pad and unknown mean nothing."
+        return sorted({self.image_token_id, self.pad_id, self.tokenizer.unk_token_id} - {None, self.eos_id})
     @property
     def tower(self): return self.model.model.vision_tower
     @property
