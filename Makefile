@@ -10,7 +10,7 @@ run: .venv/ready          ## the main job: SFT to report
 
 test: .venv/ready         ## all tests, then every chapter from top to bottom
 	$(BIN)/python -m pytest
-	$(BIN)/nbdev-test --path-glob 'nbs/*.ipynb' --n-workers 1 --timing
+	$(BIN)/nbdev-test --n-workers 1 --timing
 
 lab: .venv/ready          ## JupyterLab on the chapters
 	$(BIN)/jupyter lab nbs

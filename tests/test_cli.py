@@ -5,11 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import REPO
 from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration
 
 from vlmrlhf_course import ppo, runs, sft
 from vlmrlhf_course.cli import build_parser, main, spread
@@ -260,12 +262,12 @@ def test_ppo_resumes_exactly(smoke_run, tmp_path, capsys, monkeypatch):
 def test_a_stop_while_weights_are_written(smoke_run, tmp_path, capsys, monkeypatch):
     "Stopped while the final weights are written: the next run must not take half a folder for a whole one."
     argv = ["sft", "--scale", "smoke", "--out", tmp_path / "run"]
-    original = sft.save_vlm
-    def cut(vlm, path):
-        original(vlm, path)
-        (path / "model.safetensors").unlink()   # the configuration is written before the weights
+    original = LlavaForConditionalGeneration.save_pretrained
+    def cut(model, path, **kwargs):
+        original(model, path, **kwargs)
+        (Path(path) / "model.safetensors").unlink()   # the configuration is written before the weights
         raise KeyboardInterrupt
-    monkeypatch.setattr(sft, "save_vlm", cut)
+    monkeypatch.setattr(LlavaForConditionalGeneration, "save_pretrained", cut)
     interrupted(capsys, *argv)
     monkeypatch.undo()
     assert main(list(map(str, argv))) == 0

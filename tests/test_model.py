@@ -554,12 +554,13 @@ def test_experience(policy, experience, token_rm, vlm):
     cost = .1 * (roll.logprobs - ref)
     score = torch.where(roll.ended, token_rm(b), cfg.no_eos)
     v = values(policy, token_rm, b)
+    early = token_rm.token_scores(b) / token_rm.scale if cfg.dense and token_rm.cfg.kind == "token" else torch.zeros_like(cost)
     assert not roll.ended.all()
     for i, n in enumerate(b.lengths.tolist()):
         running = 0.
         for t in reversed(range(n)):
             after = v[i, t + 1] if t + 1 < n else 0.   # an answer without EOS was scored, too: it ended there
-            reward = (score[i] if t == n - 1 else 0.) - cost[i, t]
+            reward = early[i, t] + (score[i] - early[i].sum() if t == n - 1 else 0.) - cost[i, t]
             running = reward + after - v[i, t] + .95 * running
             assert_close(exp.returns[i, t], running + v[i, t], atol=1e-6, rtol=1e-6)
     assert info["kl"] > 0 and info["ended"] == pytest.approx(float(roll.ended.float().mean())) and info["length"] == pytest.approx(float(b.lengths.float().mean()))

@@ -33,6 +33,11 @@ def sections() -> dict:
                 reward_small=(RewardConfig, "reward"), ppo=(PPOConfig, None), **ppo, evaluate=(EvaluateConfig, None))
 
 # %% ../nbs/91_cli.ipynb #parser
+def _positive(text: str) -> int:
+    if int(text) < 1: raise argparse.ArgumentTypeError("must be 1 or more")
+    return int(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     "The command line."
     from vlmrlhf_course.runs import load_settings, scales
@@ -46,8 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
         p.add_argument("--seed", type=int, default=s.seed)
         p.add_argument("--scale", default=s.scale, help=f"{', '.join(scales())}, or a YAML file (default {s.scale})")
         p.add_argument("--set", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="override configuration", action="extend")
-        p.add_argument("--threads", type=int, default=1, help="CPU threads (default 1: models this small gain nothing from more)")
-        if verb == "run": p.add_argument("--seeds", type=int, default=1, help="run this many seeds and report mean and spread")
+        p.add_argument("--threads", type=_positive, default=1, help="CPU threads (default 1: models this small gain nothing from more)")
+        if verb == "run": p.add_argument("--seeds", type=_positive, default=1, help="run this many seeds and report mean and spread")
         if verb == "ppo": p.add_argument("--arm", default="ppo", choices=["ppo", "ppo_rm", "gold", "hacked"])
     return parser
 
@@ -60,7 +65,10 @@ def open_run(args, seed: int, folder: Path):
     for name in run.layers:
         if name not in known: raise UserError(f"unknown section {name!r}{nearest(name, known)}; sections are {', '.join(known)}")
     for name, (cls, base) in known.items(): run.section(name, cls, base)
-    try: write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(run.used))))
+    for arm in ("ppo", "ppo_rm", "gold", "hacked"):
+        if (rm := run.used[arm]["reward_model"]) not in ("reward", "reward_small"): raise UserError(f"{arm}.reward_model={rm!r}: give reward or reward_small")
+    try:
+        if not (folder / "config.yaml").exists(): write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(run.used))))
     except OSError as e: raise UserError(f"{folder}: cannot write there ({e.strerror}); choose another --out") from None
     return run
 
@@ -83,8 +91,8 @@ def train_arms(run, args, jobs: int):
                 running[arm] = _start_arm(run, args, arm)
             for arm, child in list(running.items()):
                 if child.poll() is None: continue
-                if child.returncode: raise UserError(f"{run.path(arm)}: training stopped: {child.stderr.read().strip().splitlines()[-1]}")
-                child.stderr.close(); del running[arm]
+                if child.returncode: raise UserError(f"{run.path(arm)}: training stopped with status {child.returncode}; see {arm}/stderr.log there")
+                del running[arm]
             bar.n = sum(_rows(run.path(a) / "metrics.jsonl") for a in [*ARMS, "hacked"]) if total else 0
             bar.refresh(); time.sleep(.5)
     finally:
@@ -96,7 +104,9 @@ def _start_arm(run, args, arm):
     "Start `vlmrlhf ppo --arm` for this run."
     command = [sys.executable, "-m", "vlmrlhf_course.cli", "ppo", "--arm", arm, "--out", str(run.folder), "--scale", args.scale,
                "--seed", str(run.seed), "--threads", str(args.threads)] + (["--set", *args.set] if args.set else [])
-    return subprocess.Popen(command, env=os.environ | dict(VLMRLHF_QUIET="1"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    run.path(arm).mkdir(parents=True, exist_ok=True)
+    with open(run.path(arm) / "stderr.log", "w") as log:
+        return subprocess.Popen(command, env=os.environ | dict(VLMRLHF_QUIET="1"), stdout=subprocess.DEVNULL, stderr=log)
 
 # %% ../nbs/91_cli.ipynb #run-all
 def run_all(run, args) -> dict:
@@ -105,8 +115,8 @@ def run_all(run, args) -> dict:
     from vlmrlhf_course.reward import reward_stage
     from vlmrlhf_course.runs import write_text
     report, start = run.folder / "report.json", time.time()
-    if report.is_file() and run.done("evaluate", run.used): result = json.loads(report.read_text())
-    else:
+    result = json.loads(report.read_text()) if report.is_file() and run.done("evaluate", run.used) else {}
+    if "run" not in result:
         jobs = min(2, os.cpu_count() or 1)
         for name in ("reward", "reward_small"): reward_stage(run, name)   # makes the stages before it, too
         train_arms(run, args, jobs)

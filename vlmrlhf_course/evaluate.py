@@ -53,7 +53,7 @@ def figures(
     return out | dict(overall=overall_rate(out), reward=float(score_texts(rm, prompts, answers).mean()), kl=kl,
                       true_score=sum(true_score(p, a) for p, a in zip(prompts, answers)) / len(answers))
 
-
+# %% ../nbs/11_evaluate.ipynb #speak
 @torch.no_grad()
 def speak(
     vlm: VLM,

@@ -35,6 +35,7 @@ def pope_questions(
     seed: int = 0,
 ) -> list[Prompt]:         # one question about a thing that is there and one about a thing that is not, for each scene
     "Balanced yes/no questions."
+    if kind not in ("random", "popular", "adversarial"): raise ValueError(f"kind {kind!r}: give random, popular or adversarial")
     rng, out = random.Random(f"pope/{kind}/{seed}"), []
     freq = {n: sum(bool(s.find(n)) for s in scenes) for n in NOUNS}
     for s in scenes:

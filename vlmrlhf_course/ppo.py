@@ -20,7 +20,7 @@ from .kl import CONTROLLERS, kl_estimate
 from .preferences import sample_prompts, true_score
 from .reward import RewardModel, reward_stage
 from .rollout import Rollout, length_groups, plan_prompts, sample, texts
-from .runs import Checkpoints, MetricLog, Run, make_accelerator, progress
+from .runs import Checkpoints, MetricLog, Run, check_choices, make_accelerator, progress
 from .sft import backward_through
 from .vlm import VLM, Batch, LoRAConfig, masked_mean, token_logprobs
 from .world import Prompt, WorldConfig, judge
@@ -107,7 +107,7 @@ class PPOConfig:
     grad_clip: float = 1.0
     gamma: float = 1.0
     lam: float = 0.95
-    temperature: float = 1.0
+    temperature: float = 1.0          # of sampling, and of the ratio
     max_new_tokens: int = 72
     no_eos: float = -4.0              # score of an answer that never ended
     controller: str = "adaptive"
@@ -121,8 +121,11 @@ class PPOConfig:
     keep: str = "best"                # which policy is the result: the best on validation, or the last
     lora: LoRAConfig = LoRAConfig()
     penalty: PenaltyConfig = PenaltyConfig()
+    def __post_init__(self):
+        check_choices(self, reward=("rm", "rm+penalty", "gold"), critic=("head", "adapter"), controller=tuple(CONTROLLERS), keep=("best", "last"))
+        if self.answers > self.pool: raise ValueError(f"answers ({self.answers}) must not exceed pool ({self.pool}): a picture appears once in a batch")
 
-
+# %% ../nbs/10_ppo.ipynb #phase
 def phase(step: int, cfg: PPOConfig) -> tuple[str, float, float]:
     "Phase of training, factor on the actor's learning rate, factor on β: careful start, main part, calm finish."
     w, f = round(cfg.warmup * cfg.iterations), round(cfg.finish * cfg.iterations)
@@ -150,7 +153,7 @@ def answer_scores(
     elif cfg.reward != "rm": raise ValueError(f"reward {cfg.reward!r}: give rm, rm+penalty or gold")
     return torch.where(roll.ended, score, cfg.no_eos), info | dict(score=float(score.mean()), ended=float(roll.ended.float().mean()))
 
-
+# %% ../nbs/10_ppo.ipynb #experience
 @dataclass
 class Experience:
     "What one iteration learns from; all (B, A) but `batch`."
@@ -232,7 +235,7 @@ class PPOState:
             for p, w in zip(self.params, weights): p.copy_(w)
 
     def after(self, kl: float, cfg: PPOConfig, control: bool = True) -> bool:
-        "Adjust β (if `control`); on an emergency roll back, slow down and pull harder. True on an emergency."
+        "Judge the weights that sampled this step, by their KL. Good: keep them, adjust β. Else roll back, slow down, pull harder: True."
         if kl <= cfg.kl_emergency:
             if control: self.control.update(kl)
             self.good = self.snapshot()
@@ -250,7 +253,7 @@ class PPOState:
         self.control.beta, self.lr_scale, self.best, self.emergencies = s["beta"], s["lr_scale"], s["best"], s["emergencies"]
         self.good, self.best_weights = s["good"], s["best_weights"]
 
-# %% ../nbs/10_ppo.ipynb #loop
+# %% ../nbs/10_ppo.ipynb #validate
 def seed_of(*parts) -> int: return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
 
 
@@ -262,7 +265,7 @@ def validate(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], cfg: P
     ref = token_logprobs(policy.vlm.rule_out(policy.vlm.answer_logits(roll.batch)), roll.batch.answers, cfg.temperature)
     return float((score - beta * (kl_estimate(roll.logprobs, ref, "k3") * roll.batch.answer_mask).sum(1)).mean())
 
-
+# %% ../nbs/10_ppo.ipynb #loop
 def train_ppo(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], validation: list[Prompt], cfg: PPOConfig, folder: Path, seed: int = 0):
     "PPO. Resumes from the last checkpoint in `folder`; leaves the best (or last) policy in `policy`."
     accelerator = make_accelerator()
@@ -283,15 +286,17 @@ def train_ppo(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], valid
         roll = sample(policy.vlm, batch, "actor", cfg.temperature, cfg.max_new_tokens, seed_of(seed, step, rank))
         exp, info = make_experience(policy, rm, roll, cfg, state.control.beta * kl_factor, step, lambda x: accelerator.reduce(x, "sum"))
 
-        for epoch in range(cfg.epochs):
+        kl = float(accelerator.reduce(torch.tensor(info["kl"], device=accelerator.device), "mean"))
+        emergency = state.after(kl, cfg, control=name != "warm-up")   # KL is still near 0 there: β would only be given away
+        if emergency: optimizer.state.clear()                         # Adam's moments point where the weights came from
+        loss, norm, metrics = 0., 0., {}
+        for epoch in range(0 if emergency else cfg.epochs):
             groups = length_groups(roll.batch.lengths, cfg.minibatch // world)
             for group in random.Random(f"order/{seed}/{step}/{epoch}").sample(groups, len(groups)):
                 loss, metrics = backward_through(task, [(exp, int(i)) for i in group], cfg.micro_batch, accelerator, shard=False)
                 norm = accelerator.clip_grad_norm_(state.params, cfg.grad_clip)
                 optimizer.step(); optimizer.zero_grad()
 
-        kl = float(accelerator.reduce(torch.tensor(info["kl"], device=accelerator.device), "mean"))
-        emergency = state.after(kl, cfg, control=name != "warm-up")   # KL is still near 0 there: β would only be given away
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.iterations:
             info["validation"] = validate(policy, rm, validation, cfg, cfg.beta)
             if info["validation"] > state.best: state.best, state.best_weights = info["validation"], state.snapshot()

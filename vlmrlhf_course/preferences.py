@@ -163,10 +163,10 @@ def doctor(row: dict) -> str | None:
 @dataclass(frozen=True)
 class PreferencesConfig:
     "Prompts, candidates and annotators. `noise` is in points of the rubric (0–10)."
-    prompts: int = 1200
+    prompts: int = 1800
     validation: int = 200
-    temperatures: tuple[float, ...] = (0.7, 0.9, 1.1)
-    samples: int = 2               # answers at each temperature
+    temperatures: tuple[float, ...] = (0.7, 0.9, 1.0, 1.1)
+    samples: int = 1               # answers at each temperature
     max_similarity: float = 0.9
     annotators: int = 3
     noise: float = 0.4

@@ -65,7 +65,7 @@ KINDS_SEEN = ["detail"] * 5 + ["brief", "exists", "count", "colour", "colour", "
 def language_items(scenes: list[Scene], size: int, sloppy: WorldConfig | None = None):
     "step -> prompts of every kind with answers: faithful, or as a sloppy captioner gives them."
     def at(step):
-        rng = random.Random(f"pretrain/{sloppy is None}/{step}")
+        rng = random.Random(f"pretrain/{'' if sloppy is None else 'False/'}{step}")   # the names that made the shipped weights
         prompts = [make_prompt(rng.choice(scenes), rng.choice(KINDS_SEEN), rng) for _ in range(size)]
         return prompts if sloppy is None else [careless(p, rng, sloppy) for p in prompts]
     return at

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from safetensors.torch import load_file, save_file
 from .preferences import preferences_stage
-from .runs import Run
+from .runs import Run, check_choices
 from .sft import FitConfig, fit, sft_stage
 from .vlm import VLM, Batch, LoRAConfig
 from .world import Prompt
@@ -79,7 +79,10 @@ class RewardConfig:
     prompts: int = 0            # learn from this many prompts only (0: all)
     fit: FitConfig = FitConfig(lr=2e-3, batch=12, micro_batch=12, save_every=100)
 
+    def __post_init__(self):
+        check_choices(self, kind=("scalar", "token"), pooling=("last", "mean", "attention"), norm=("layer", "batch", "tanh", "none"))
 
+# %% ../nbs/05_reward.ipynb #reward-model
 class RewardModel(nn.Module):
     "The trunk in the role `reward`, with a head: prompts and answers to rewards."
     def __init__(self, vlm: VLM, cfg: RewardConfig = RewardConfig()):
@@ -159,7 +162,7 @@ class RewardTask(nn.Module):
         chosen, rejected, weight = (torch.tensor(x, device=batch.input_ids.device) for x in zip(*pairs))
         scores, cfg = self.rm(batch), self.rm.cfg
         loss = bt_loss(scores[chosen], scores[rejected], weight, cfg.margin, cfg.margin_coef, cfg.pull_coef)
-        return loss.sum(), dict(accuracy=float((scores[chosen] > scores[rejected]).float().mean()), spread=float(scores.std()))
+        return loss.sum(), dict(accuracy=float((scores[chosen] > scores[rejected]).float().mean()), spread=float(scores.detach().std()))
 
 # %% ../nbs/05_reward.ipynb #accuracy
 @torch.no_grad()
@@ -184,10 +187,10 @@ def train_reward(rm: RewardModel, pairs: list[dict], cfg: RewardConfig, folder, 
     "Fit the reward model, then fix its scale: on the training answers rewards get mean 0 and standard deviation 1."
     groups = group_pairs(pairs)[:cfg.prompts or None]
     steps = max(1, round(cfg.epochs * len(groups) / cfg.fit.batch))
-    def at(step):
-        epoch, k = divmod(step * cfg.fit.batch, len(groups))
-        order = random.Random(f"reward/{seed}/{epoch}").sample(range(len(groups)), len(groups))
-        return [groups[i] for i in order[k:k + cfg.fit.batch]]
+    def order(epoch): return random.Random(f"reward/{seed}/{epoch}").sample(groups, len(groups))
+    def at(step):   # epochs follow each other without a gap: a batch may hold the end of one and the start of the next
+        (epoch, k), n = divmod(step * cfg.fit.batch, len(groups)), cfg.fit.batch
+        return [*order(epoch), *order(epoch + 1)][k:k + n]
     fit(RewardTask(rm), at, replace(cfg.fit, steps=steps), folder, "reward model")
     scores = score_texts(rm, [Prompt("", r["prompt"], "", r["image"]) for r in pairs[:2000]], [r["chosen" if i % 2 else "rejected"] for i, r in enumerate(pairs[:2000])])
     rm.shift.copy_(scores.mean()), rm.scale.copy_(scores.std())

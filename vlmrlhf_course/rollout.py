@@ -23,7 +23,7 @@ class Rollout:
     ended: torch.Tensor
     temperature: float
 
-
+# %% ../nbs/09_rollout.ipynb #sample
 @torch.no_grad()
 def sample(
     vlm: VLM,

@@ -9,6 +9,7 @@ __all__ = ['SPECIAL', 'CHAT', 'build_tokenizer', 'VLMConfig', 'build_model', 'bu
 # %% ../nbs/02_vlm.ipynb #imports
 import copy
 import random
+import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,10 +160,8 @@ class VLM:
     def language(self): return self.model.model.language_model
 
 # %% ../nbs/02_vlm.ipynb #vlm-load
-def load_vlm(
-    path: str | Path,  # a folder written by `save_vlm`, or any image-text-to-text checkpoint
-) -> VLM:
-    "Load model and processor. Raises FileNotFoundError where there is no model."
+def load_vlm(path: str | Path) -> VLM:
+    "Load model and processor from `save_vlm`'s folder or any image-text-to-text checkpoint. Raises FileNotFoundError where there is none."
     if not (Path(path) / "config.json").is_file():
         raise FileNotFoundError(f"{path}: no config.json there; give a folder with a saved vision-language model")
     model = AutoModelForImageTextToText.from_pretrained(path, attn_implementation="sdpa")
@@ -170,9 +169,12 @@ def load_vlm(
 
 
 def save_vlm(vlm: VLM, path: str | Path):
-    "Save model and processor so that plain `transformers` can load them."
-    vlm.model.save_pretrained(path)
-    vlm.processor.save_pretrained(path)
+    "Save model and processor so that plain `transformers` can load them; the folder appears when it is complete."
+    part = Path(path).with_name(f".part-{Path(path).name}")
+    vlm.model.save_pretrained(part)
+    vlm.processor.save_pretrained(part)
+    shutil.rmtree(path, ignore_errors=True)
+    part.rename(path)
 
 # %% ../nbs/02_vlm.ipynb #features
 @patch
@@ -200,11 +202,8 @@ def features(
 
 # %% ../nbs/02_vlm.ipynb #prompts
 @patch
-def prompt_ids(
-    self: VLM,
-    prompt: Prompt,
-) -> list[int]:     # tokens, with one placeholder for each picture token
-    "The tokens of a prompt, written by the processor's chat template."
+def prompt_ids(self: VLM, prompt: Prompt) -> list[int]:
+    "The tokens of a prompt, written by the processor's chat template, with one placeholder for each picture token."
     size = (96, 96) if not prompt.image or prompt.image.startswith("scene:") else open_image(prompt.image).size
     key = prompt.text, prompt.image and size
     if key not in self._prompts:
@@ -238,6 +237,13 @@ class LoRAConfig:
     dropout: float = 0.0
 
 
+def _bare(module):
+    "Without adapters: what a full copy starts from."
+    for name, m in list(module.named_modules()):
+        if isinstance(m, BaseTunerLayer): module.set_submodule(name, m.get_base_layer())
+    return module
+
+
 @patch
 def add_role(
     self: VLM,
@@ -247,7 +253,8 @@ def add_role(
 ):
     "Give the model another role: an adapter on the shared trunk, or (r=0) a trainable copy of language model and output layer."
     if cfg.r == 0:
-        self.roles[name] = nn.ModuleList(copy.deepcopy(part).requires_grad_(True) for part in self.parts(like))
+        if like and like not in self.roles: raise ValueError(f"role {like!r} is an adapter: a full copy can start from the trunk or another copy")
+        self.roles[name] = nn.ModuleList(_bare(copy.deepcopy(part)).requires_grad_(True) for part in self.parts(like))
         return
     inject_adapter_in_model(LoraConfig(r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules="all-linear"), self.language, name)
     for layer in self.lora_layers():
@@ -277,6 +284,16 @@ def acting(self: VLM, role: str | None = None):
     try: yield
     finally:
         for m, (m._active_adapter, m._disable_adapters) in zip(layers, before): pass
+
+
+@patch
+@contextmanager
+def speaking(self: VLM, role: str | None = None):
+    "Within this block the model's own `generate` speaks with a role that is a full copy."
+    mine = self.language, self.model.get_output_embeddings()
+    self.model.model.language_model, self.model.lm_head = self.parts(role)
+    try: yield
+    finally: self.model.model.language_model, self.model.lm_head = mine
 
 # %% ../nbs/02_vlm.ipynb #role-state
 @patch
@@ -334,11 +351,8 @@ def answer_logits(
 
 # %% ../nbs/02_vlm.ipynb #ban
 @patch
-def rule_out(
-    self: VLM,
-    logits: torch.Tensor,   # (..., V)
-) -> torch.Tensor:          # (..., V)
-    "Logits of the policy: placeholder and padding get no probability."
+def rule_out(self: VLM, logits: torch.Tensor) -> torch.Tensor:
+    "Logits of the policy (..., V) from the model's (..., V): placeholder and padding get no probability."
     # A large finite number, not -inf: 0 * (-inf - -inf) in a KL would be NaN.
     return logits.index_fill(-1, torch.tensor(self.banned_ids, device=logits.device), torch.finfo(logits.dtype).min / 4)
 
@@ -375,7 +389,7 @@ def answer(
     "Answer prompts with `transformers`' own `generate`."
     out = []
     sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
-    with torch.random.fork_rng(), vlm.acting(role):
+    with torch.random.fork_rng(), vlm.acting(role), vlm.speaking(role):
         torch.manual_seed(seed)
         for i in range(0, len(prompts), chunk):
             b = vlm.batch(prompts[i:i + chunk], images=images and images[i:i + chunk])
