@@ -18,14 +18,14 @@ import torch
 from matplotlib.figure import Figure
 from .hallucination import hallucinations, overall_rate, pope
 from .kl import full_kl
-from .ppo import PPOConfig, ppo_stage, seed_of
+from .ppo import ppo_stage, seed_of
 from .preferences import true_score
 from .reward import RewardModel, reward_stage, score_texts
 from .rollout import sample, texts
 from .runs import Run, progress, read_jsonl, write_text
 from .sft import sft_stage
 from .vlm import VLM
-from .world import Prompt, Scene, WorldConfig, draw, judge, make_prompt, sample_scenes, summarise
+from .world import Prompt, Scene, WorldConfig, draw, judge, sample_scenes, summarise
 
 # %% ../nbs/11_evaluate.ipynb #arm
 @dataclass(frozen=True)
@@ -117,11 +117,11 @@ def before_after_figure(
     size, rows, wide = 10, len(scenes), columns * 10 * .61 / 72      # a monospaced character is about 0.6 of its size wide
     fig = Figure(figsize=(1.9 + wide, 1.75 * rows))
     grid = fig.subplots(rows, 2, squeeze=False, gridspec_kw=dict(width_ratios=[1.9, wide], wspace=0, hspace=.06, left=0, right=1, top=1, bottom=0))
-    for (left, right), scene, *texts in zip(grid, scenes, *said.values()):
+    for (left, right), scene, *answers in zip(grid, scenes, *said.values()):
         left.imshow(draw(scene, 288)); left.axis("off"); right.axis("off")
         right.set_xlim(0, columns); right.set_ylim(9.5, -.5)
         line = 0
-        for name, text in zip(said, texts):
+        for name, text in zip(said, answers):
             right.text(0, line, name, weight="bold", size=size); line, col = line + 1, 0
             for word, bad in zip(text.split(), false_words(text, scene)):
                 if col + len(word) > columns: line, col = line + 1, 0

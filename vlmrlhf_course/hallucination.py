@@ -9,7 +9,7 @@ __all__ = ['TAXONOMY', 'hallucinations', 'overall_rate', 'pope_questions', 'pope
 import random
 from dataclasses import dataclass
 from .vlm import VLM, answer
-from .world import NOUNS, PLACES, Prompt, Scene, Verdict, judge, parse_claims, sample_scenes
+from .world import NOUNS, PLACES, Prompt, Scene, Verdict
 
 # %% ../nbs/06_hallucination.ipynb #taxonomy
 TAXONOMY = {"object": ("existence", "count"), "attribute": ("colour", "size"), "relation": ("spatial",), "knowledge": ("place",)}

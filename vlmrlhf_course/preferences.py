@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from .runs import Run, UserError, progress, read_jsonl, write_jsonl
 from .sft import sft_stage
 from .vlm import VLM, answer
-from .world import KINDS, Prompt, Verdict, WorldConfig, judge, make_prompt, parse_claims, sample_scenes
+from .world import Prompt, WorldConfig, judge, make_prompt, parse_claims, sample_scenes
 
 # %% ../nbs/04_preferences.ipynb #similarity
 def similarity(

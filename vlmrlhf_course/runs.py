@@ -16,7 +16,6 @@ import os
 import shutil
 import sys
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 from .runs import Checkpoints, MetricLog, Run, make_accelerator, progress
-from .vlm import VLM, VLMConfig, answer, build_model, build_processor, load_vlm, masked_mean, save_vlm, token_logprobs
+from .vlm import VLM, VLMConfig, answer, build_model, build_processor, load_vlm, save_vlm, token_logprobs
 from .world import NUMBERS, Prompt, WorldConfig, describe, imagine, judge, make_prompt, sample_scenes, summarise
 
 # %% ../nbs/03_sft.ipynb #careless

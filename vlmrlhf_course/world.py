@@ -55,7 +55,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Scene:
-    "A place and its groups, in the order of their cells. `str(scene)` and `Scene.parse` are inverse."
+    "A place and its groups, in the order of their cells. `str` and `parse_scene` are inverse."
     place: str
     groups: tuple[Group, ...]
 
