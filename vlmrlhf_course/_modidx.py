@@ -172,6 +172,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'vlmrlhf_course.pretrain.patch_labels': ( 'pretrain.html#patch_labels',
                                                                                    'vlmrlhf_course/pretrain.py'),
                                          'vlmrlhf_course.pretrain.pretrain': ('pretrain.html#pretrain', 'vlmrlhf_course/pretrain.py'),
+                                         'vlmrlhf_course.pretrain.record': ('pretrain.html#record', 'vlmrlhf_course/pretrain.py'),
                                          'vlmrlhf_course.pretrain.thing_prompt': ( 'pretrain.html#thing_prompt',
                                                                                    'vlmrlhf_course/pretrain.py'),
                                          'vlmrlhf_course.pretrain.tower_items': ( 'pretrain.html#tower_items',
