@@ -20,7 +20,7 @@ from vlmrlhf_course.preferences import (annotate, balance, cohen_kappa, dedupe, 
                                         similarity, true_score)
 from vlmrlhf_course.reward import ScoreHead, bt_loss, diagnose, last_real
 from vlmrlhf_course.rollout import length_groups, padding_share, plan_prompts
-from vlmrlhf_course.sft import careless, converged, warmup_cosine
+from vlmrlhf_course.sft import careless, converged, unfrozen_layers, warmup_cosine
 from vlmrlhf_course.vlm import masked_mean, token_logprobs
 from vlmrlhf_course.world import (KINDS, NOUNS, PLACES, RESERVED, Prompt, describe, imagine, judge, make_prompt, parse_scene, sample_scene,
                                   sample_scenes, split_of, summarise)
@@ -368,9 +368,30 @@ def test_phases():
     assert {phase(0, PPOConfig(iterations=3))[0]} == {"main"}, "too short for phases"
 
 
-def test_converged():
-    falling, flat = [10 * .95 ** i for i in range(50)], [5.] * 30 + [1.] * 20
-    assert not converged(falling)[0] and converged(flat) == (True, 0.) and converged([2., 2., 2., 2., 1.])[1] == pytest.approx(.5)
+class TestConverged:
+    def test_by_definition(self):
+        "Welch's statistic of the last fifth against the one before, whatever came earlier."
+        before, last = [3., 5., 4., 4.], [1., 3., 2., 3.]
+        m = [sum(w) / 4 for w in (before, last)]
+        s2 = [sum((x - c) ** 2 for x in w) / 3 for w, c in zip((before, last), m)]
+        level, z = converged([99.] * 12 + before + last)
+        assert z == pytest.approx((m[0] - m[1]) / math.sqrt((s2[0] + s2[1]) / 4)) and level == (abs(z) < 2)
+
+    @given(st.floats(.1, 10), st.floats(-5, 5), seeds)
+    def test_units_do_not_matter(self, scale, shift, seed):
+        losses = [random.Random(f"{seed}/{i}").gauss(0, 1) for i in range(40)]
+        assert converged([scale * x + shift for x in losses])[1] == pytest.approx(converged(losses)[1], rel=1e-6, abs=1e-9)
+
+    def test_verdicts(self):
+        assert not converged([10 * .95 ** i for i in range(50)])[0], "falling"
+        assert not converged([float(i) for i in range(50)])[0], "rising is not level"
+        assert converged([5.] * 30 + [1.] * 20) == (True, 0.)
+        assert converged([2.] * 8 + [1.] * 2) == (False, math.inf)
+        with pytest.raises(ValueError, match="at least 10"): converged([1.] * 9)
+
+
+@pytest.mark.parametrize("progress, layers, want", [(0., 24, 0), (.2999, 24, 0), (.3, 24, 1), (.6999, 24, 1), (.7, 24, 24), (1., 24, 24), (.5, 1, 1)])
+def test_unfrozen_layers(progress, layers, want): assert unfrozen_layers(progress, layers) == want
 
 
 def test_diagnose():

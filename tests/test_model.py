@@ -14,7 +14,7 @@ from vlmrlhf_course.preferences import sample_prompts
 from vlmrlhf_course.reward import RewardConfig, RewardModel, RewardTask, group_pairs, pair_accuracy, score_texts
 from vlmrlhf_course.rollout import sample, texts, with_answers
 from vlmrlhf_course.runs import make_accelerator, read_jsonl
-from vlmrlhf_course.sft import SFTTask, backward_through, pretrained_vlm
+from vlmrlhf_course.sft import SFTTask, backward_through, grad_norms, pretrained_vlm, unfreeze_tower
 from vlmrlhf_course.vlm import (VLM, Batch, LoRAConfig, answer, build_model, build_processor, load_vlm, pad_sides, save_vlm, token_logprobs)
 from vlmrlhf_course.world import Prompt, open_image
 
@@ -509,6 +509,27 @@ def test_sft_does_not_depend_on_micro_batches(vlm, prompts, full):
     for part in (vlm.projector, vlm.language, vlm.model.lm_head): part.requires_grad_(True)
     loss, _, _ = same_for_every_split(SFTTask(vlm), prompts)
     with torch.no_grad(): assert loss == pytest.approx(float(-logprobs(vlm, full).sum() / full.answer_mask.sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_staged_unfreezing(vlm, layer):
+    "The layer that trains first is the last one that is read; the projector always trains; going back freezes again."
+    vlm.tower.encoder.layers.append(copy.deepcopy(vlm.tower.encoder.layers[0]))      # three layers in all
+    vlm.tower.encoder.layers.append(copy.deepcopy(vlm.tower.encoder.layers[0]))
+    vlm.model.config.vision_feature_layer = layer
+    last = 3 + layer
+    for progress, want in ((0., []), (.3, [last]), (.69, [last]), (.7, [0, 1, 2]), (.1, [])):
+        unfreeze_tower(vlm, progress)
+        layers = [i for i, part in enumerate(vlm.tower.encoder.layers) if all(p.requires_grad for p in part.parameters())]
+        assert layers == want and all(p.requires_grad for p in vlm.projector.parameters())
+        assert all(p.requires_grad for p in vlm.tower.embeddings.parameters()) == (progress == .7)
+
+
+def test_grad_norms(vlm, full):
+    vlm.projector.requires_grad_(True)
+    vlm.answer_logits(full).sum().backward()
+    got = grad_norms(dict(projector=vlm.projector, language=vlm.language))
+    assert got["language"] == 0. and got["projector"] == pytest.approx(sum(float((p.grad ** 2).sum()) for p in vlm.projector.parameters()) ** .5)
 
 
 def test_reward_does_not_depend_on_micro_batches(rm, pairs):
