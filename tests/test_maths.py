@@ -16,8 +16,8 @@ from vlmrlhf_course.advantages import ValueHead, gae, potential_shaping, token_r
 from vlmrlhf_course.hallucination import PenaltyConfig, hallucinations, overall_rate, penalty, pope_questions, severity
 from vlmrlhf_course.kl import AdaptiveController, ProportionalController, full_kl, kl_by_grounding, kl_estimate
 from vlmrlhf_course.ppo import PPOConfig, phase, ppo_policy_loss, value_loss
-from vlmrlhf_course.preferences import (annotate, balance, cohen_kappa, dedupe, doctor, fleiss_kappa, pairwise_votes, ranking_pairs,
-                                        similarity, true_score)
+from vlmrlhf_course.preferences import (annotate, balance, cohen_kappa, dedupe, doctor, fleiss_kappa, length_bias, most_diverse, pairwise_votes,
+                                        ranking_pairs, similarity, tie_break, true_score, unsafe_claims)
 from vlmrlhf_course.reward import ScoreHead, bt_loss, diagnose, last_real
 from vlmrlhf_course.rollout import length_groups, padding_share, plan_prompts
 from vlmrlhf_course.sft import careless, converged, unfrozen_layers, warmup_cosine
@@ -480,6 +480,16 @@ class TestDedupe:
         for i in set(range(len(answers))) - set(kept): assert any(similarity(answers[i], answers[k]) > most for k in kept if k < i)
 
 
+    @given(st.lists(words, max_size=6), st.integers(0, 7))
+    def test_most_diverse(self, answers, k):
+        "Each step takes an answer that no other would beat in distance to its nearest chosen neighbour."
+        kept = most_diverse(answers, k)
+        assert len(kept) == len(set(kept)) == min(k, len(answers)) and kept[:1] == [0][:len(kept)]
+        def near(i, chosen): return max(similarity(answers[i], answers[j]) for j in chosen)
+        for n in range(1, len(kept)):
+            assert near(kept[n], kept[:n]) == min(near(i, kept[:n]) for i in range(len(answers)) if i not in kept[:n])
+
+
 def test_annotators():
     scores = [3., 9., 5., 1.]
     assert annotate(scores, 0., random.Random(0)) == [2, 0, 1, 3]
@@ -507,6 +517,61 @@ def test_true_score_prefers_the_truth():
     assert best == pytest.approx(10) and 0 <= empty < faulty < best
     yes = Prompt("exists", "is there a cat ?", "yes .", f"scene:{SCENE}")
     assert true_score(yes, "yes .") == pytest.approx(10) and true_score(yes, "no .") < 5
+
+
+class TestTieBreak:
+    ask = Prompt("detail", "describe the picture .", describe(SCENE), f"scene:{SCENE}")
+    ranked = [("a small red cat on a large blue boat .", "a small red cat ."),             # both right: more facts
+              (describe(SCENE).replace("red", "green"), FAULTY),                            # both wrong: fewer errors
+              ("a cat .", describe(SCENE).replace("red", "green")),                         # right beats wrong
+              (FAULTY, ""), ("a cat .", "nothing .")]                                       # claiming nothing is wrong
+
+    @pytest.mark.parametrize("better, worse", ranked)
+    def test_rules(self, better, worse): assert tie_break(self.ask, better, worse) == 1 and tie_break(self.ask, worse, better) == -1
+
+    def test_undecided(self):
+        "As many errors in both, however much else they say."
+        one, short = describe(SCENE).replace("red", "green"), "a green cat ."
+        assert tie_break(self.ask, one, short) == 0 == tie_break(self.ask, "", "") == tie_break(self.ask, "a cat .", "a boat .")
+
+    def test_questions(self):
+        p = Prompt("exists", "is there a cat ?", "yes .", f"scene:{SCENE}")
+        assert [tie_break(p, *x) for x in (("yes .", "no ."), ("no .", "yes ."), ("yes .", "yes ."), ("no .", "maybe ."))] == [1, -1, 0, 0]
+
+
+@given(st.lists(st.tuples(words, words), max_size=12))
+def test_length_bias(pairs):
+    got = length_bias([dict(chosen=a, rejected=b) for a, b in pairs])
+    unequal = [(len(a.split()), len(b.split())) for a, b in pairs if len(a.split()) != len(b.split())]
+    n, wins = len(unequal), sum(a > b for a, b in unequal)
+    assert got["longer"] == pytest.approx(wins / n if n else .5)
+    assert got["z"] == pytest.approx((wins - n / 2) / math.sqrt(n / 4) if n else 0.)
+    if pairs: assert got["chosen"] == pytest.approx(sum(len(a.split()) for a, _ in pairs) / len(pairs))
+
+
+class TestUnsafeClaims:
+    @given(seeds, st.sampled_from([((0, 0, 1, 1), range(9)), ((0, 0, 1, 2 / 3), range(6)), ((1 / 3, 1 / 3, 1, 1), (4, 5, 7, 8)), ((.05, .05, .95, .95), (4,)), ((.5, .5, .6, .6), ())]))
+    def test_crops_against_the_judge(self, seed, crop):
+        "Whatever the judge calls false in the cropped scene, or true there and false before, has been named."
+        box, cells = crop
+        scene = sample_scene(random.Random(seed))
+        left = type(scene)(scene.place, tuple(g for g in scene.groups if g.cell in cells))
+        text = describe(imagine(scene, random.Random(seed + 1)))
+        before, after, named = judge(text, scene), judge(text, left), unsafe_claims(text, scene, "crop", box)
+        changed = [n for n in after.false_objects if n not in before.false_objects]
+        assert set(changed) <= set(named) and ("count" in named or before.count_right == after.count_right)
+        assert set(before.true_attributes) - set(after.true_attributes) <= {(n, k, v) for n, k, v in before.true_attributes if f"{v} {n}" in named}
+
+    @pytest.mark.parametrize("text, how, want", [
+        ("a cat on a boat .", "vflip", ["cat on boat"]), ("a cat behind a boat .", "vflip", []), ("a kite above a cat .", "vflip", ["above"]),
+        ("a cat on a boat .", "hflip", []), ("a cat left of a kite .", "hflip", ["left"]), ("a kite at the top right .", "crop", ["top", "right"])])
+    def test_words_and_relations(self, text, how, want): assert unsafe_claims(text, SCENE, how, (0., 1 / 3, 1., 1.)) == want
+
+    def test_a_crop_zooms(self):
+        "Nothing is lost, and yet sizes may change; the whole picture changes nothing."
+        assert unsafe_claims("a small red cat .", SCENE, "crop", (0., .2, 1., 1.)) == ["small cat"]
+        assert unsafe_claims(describe(SCENE), SCENE, "crop") == []
+        with pytest.raises(ValueError, match="hflip"): unsafe_claims("", SCENE, "rotate")
 
 
 # --- hallucination and world ----------------------------------------------------------------------------------------
