@@ -18,7 +18,8 @@ from vlmrlhf_course.kl import AdaptiveController, ProportionalController, full_k
 from vlmrlhf_course.ppo import PPOConfig, phase, ppo_policy_loss, value_loss
 from vlmrlhf_course.preferences import (annotate, balance, cohen_kappa, dedupe, doctor, fleiss_kappa, length_bias, most_diverse, pairwise_votes,
                                         ranking_pairs, similarity, tie_break, true_score, unsafe_claims)
-from vlmrlhf_course.reward import ScoreHead, bt_loss, diagnose, last_real
+from vlmrlhf_course.reward import (ScoreHead, bt_loss, composite_weights, consistency, crossed_pairs, diagnose, early_stop, gated_score, last_real,
+                                   reliability, segment_scores, swap_pictures)
 from vlmrlhf_course.rollout import length_groups, padding_share, plan_prompts
 from vlmrlhf_course.sft import careless, converged, unfrozen_layers, warmup_cosine
 from vlmrlhf_course.vlm import masked_mean, token_logprobs
@@ -396,11 +397,99 @@ def test_unfrozen_layers(progress, layers, want): assert unfrozen_layers(progres
 
 def test_diagnose():
     "Each check turns on what it is about, and on nothing else."
-    spread_out, ok = rand(400), dict(train_accuracy=.8, accuracy=.75, image_ablated=.55, text_ablated=.7)
-    assert all(good for good, _ in diagnose(spread_out, **ok).values())
-    for fault, change in (("accuracy", dict(accuracy=.64, text_ablated=.6)), ("overfit", dict(train_accuracy=.95, accuracy=.69)), ("looks", dict(image_ablated=.72)), ("reads", dict(text_ablated=.9))):
-        assert [k for k, (good, _) in diagnose(spread_out, **(ok | change)).items() if not good] == [fault]
-    assert [k for k, (good, _) in diagnose(spread_out * 1e-3, **ok).items() if not good] == ["collapse"]
+    healthy, ok = rand(400), dict(train_accuracy=.8, accuracy=.75, image_ablated=.55, asked=.9)
+    def sick(rewards=healthy, **change): return [k for k, (good, _) in diagnose(rewards, **(ok | change)).items() if not good]
+    assert sick() == [] == sick(healthy * 100 + 7)
+    assert sick(accuracy=.64) == ["accuracy"] and sick(train_accuracy=.95, accuracy=.69) == ["overfit"] and sick(train_accuracy=.95, accuracy=.71) == []
+    assert sick(image_ablated=.72) == ["looks"] and sick(asked=.6) == ["reads"] == sick(text_ablated=.8)
+    assert sick(healthy * 1e-3) == ["collapse"] == sick(torch.zeros(400)) and sick(torch.tanh(5 * healthy)) == ["skew"]
+
+
+# --- reward ---------------------------------------------------------------------------------------------------------
+
+@given(seeds, st.lists(st.integers(1, 7), min_size=1, max_size=4))
+def test_segment_scores_by_definition(seed, lengths):
+    A = max(lengths) + 1
+    scores, mask = rand(len(lengths), A, seed=seed), right_mask(lengths, A)
+    ends = rand(len(lengths), A, seed=seed + 1) > 0
+    got = segment_scores(scores, ends, mask)
+    for row, (n, s, e) in enumerate(zip(lengths, scores.tolist(), ends.tolist())):
+        want, since = [0.] * A, 0.
+        for t in range(n):
+            since += s[t]
+            if e[t] or t == n - 1: want[t], since = since, 0.
+        assert got[row].tolist() == pytest.approx(want)
+
+
+@given(st.lists(st.sampled_from([.5, .6, .7]), max_size=8), st.integers(1, 4))
+def test_early_stop(history, patience):
+    "Replayed with a counter: a new best resets it."
+    best, waited = -1., 0
+    for x in history: best, waited = (x, 0) if x > best else (best, waited + 1)
+    assert early_stop(history, patience) == (waited >= patience)
+
+
+@given(seeds, st.integers(1, 40), st.sampled_from([2, 5, 10]))
+def test_reliability_by_definition(seed, n, bins):
+    p, seen = rand(n, seed=seed).sigmoid(), rand(n, seed=seed + 1).sigmoid()
+    table, error = reliability(p, seen, bins)
+    groups = {}
+    for a, b in zip(p.tolist(), seen.tolist()): groups.setdefault(int(a * bins), []).append((a, b))
+    want = [[sum(a for a, _ in g) / len(g), sum(b for _, b in g) / len(g), len(g)] for _, g in sorted(groups.items())]
+    assert table.tolist() == [pytest.approx(row, abs=1e-6) for row in want]
+    assert error == pytest.approx(sum(abs(a - b) * k for a, b, k in want) / n, abs=1e-6)
+
+
+class TestComposites:
+    @given(seeds, st.sets(st.sampled_from("cat boat kite fish".split())), st.sets(st.sampled_from("cat boat kite".split()), min_size=1))
+    def test_consistency(self, seed, mentioned, detected):
+        image, text = rand(5, seed=seed), rand(5, seed=seed + 1)
+        got, cosine = consistency(image, text, mentioned, detected), float(image @ text / (image.norm() * text.norm()))
+        if mentioned: assert got == pytest.approx(.6 * cosine + .4 * sum(m in detected for m in mentioned) / len(mentioned)) and got >= -.6
+        else: assert got == -.6, "silence never wins"
+        assert consistency(image, text, set(), set()) == pytest.approx(.6 * cosine + .4)
+
+    @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+    def test_gate(self, t, v, a):
+        one = [torch.tensor([x], dtype=torch.float64) for x in (t, v, a)]
+        g = 1 / (1 + math.exp(-(a - .5) / .1))
+        assert_close(gated_score(*one), torch.tensor([(.2 + .2 * g) * t + (.2 + .1 * g) * v + (.6 - .3 * g) * a], dtype=torch.float64), rtol=1e-5, atol=1e-6)
+        more = one[:2] + [one[2] + .01]
+        assert gated_score(*more) > gated_score(*one), "never falls as alignment rises"
+
+    def test_narrow_gates_fall(self):
+        a = torch.linspace(0, 1, 200)
+        assert gated_score(0 * a, 0 * a, a, .03).diff().min() < 0 < gated_score(0 * a, 0 * a, a, .1).diff().min()
+
+    @pytest.mark.parametrize("known", [(.7, .2, .1), (.1, .1, .8), (1 / 3, 1 / 3, 1 / 3)])
+    def test_weights_are_found_again(self, known):
+        torch.manual_seed(0)
+        a, b, w = torch.rand(6000, 3), torch.rand(6000, 3), torch.tensor(known)
+        first = torch.bernoulli((8 * (a - b) @ w).sigmoid()).bool().unsqueeze(1)
+        got = composite_weights(torch.where(first, a, b), torch.where(first, b, a))
+        assert_close(got, w, rtol=0, atol=.05)
+        assert float(got.sum()) == pytest.approx(1) and (got > 0).all()
+
+
+def test_crossed_pairs():
+    a, b = (Prompt("detail", q, ans, "scene:x") for q, ans in (("q1", "one ."), ("q2", "two .")))
+    first, second = crossed_pairs(a, b)
+    assert (first["prompt"], first["chosen"], first["rejected"]) == ("q1", "one .", "two .") and (second["prompt"], second["chosen"], second["rejected"]) == ("q2", "two .", "one .")
+    assert crossed_pairs(a, Prompt("brief", "q3", "one .", None)) == []
+
+
+def test_swap_pictures():
+    rows = [dict(image=i, k=k) for k, i in enumerate(["p", "p", "q", None, "r"])]
+    assert [r["image"] for r in swap_pictures(rows)] == ["q", "q", "r", None, "p"] and [r["k"] for r in swap_pictures(rows)] == [0, 1, 2, 3, 4]
+    assert rows[0]["image"] == "p"
+
+
+def test_batch_norm_counts_real_tokens_only():
+    torch.manual_seed(0)
+    head, x, mask = ScoreHead(8, "token", norm="batch").double(), rand(2, 5, 8), right_mask([3, 5], 5)
+    dirty = torch.where(mask.unsqueeze(-1), x, 1e3)
+    assert_close(head(x, mask)[mask], head(dirty, mask)[mask])
+    assert_close(head.norm.running_mean, sum((1 - .1) ** i * .1 for i in range(2)) * x[mask].mean(0))
 
 
 # --- preferences ----------------------------------------------------------------------------------------------------

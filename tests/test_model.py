@@ -11,10 +11,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vlmrlhf_course.kl import full_kl, grounded_mask
 from vlmrlhf_course.ppo import ActorCritic, PPOConfig, PPOState, PPOTask, make_experience, train_ppo
 from vlmrlhf_course.preferences import sample_prompts
-from vlmrlhf_course.reward import RewardConfig, RewardModel, RewardTask, group_pairs, pair_accuracy, score_texts
+from vlmrlhf_course.reward import (EarlyStopping, RewardConfig, RewardModel, RewardTask, early_stop, group_pairs, pair_accuracy, score_texts,
+                                   train_reward)
 from vlmrlhf_course.rollout import sample, texts, with_answers
 from vlmrlhf_course.runs import make_accelerator, read_jsonl
-from vlmrlhf_course.sft import SFTTask, backward_through, grad_norms, pretrained_vlm, unfreeze_tower
+from vlmrlhf_course.sft import FitConfig, SFTTask, backward_through, grad_norms, pretrained_vlm, unfreeze_tower
 from vlmrlhf_course.vlm import (VLM, Batch, LoRAConfig, answer, build_model, build_processor, load_vlm, pad_sides, save_vlm, token_logprobs)
 from vlmrlhf_course.world import Prompt, open_image
 
@@ -323,6 +324,28 @@ def test_rewards_do_not_depend_on_company(rm, prompts):
     assert ((blank - together).abs() > 1e-6).tolist() == [p.image is not None for p in prompts]
     cut = [a.rsplit(" ", 2)[0] for a in said]
     assert ((score_texts(rm, prompts, cut) - together).abs() > 1e-6).all(), "the end of the answer was not read"
+
+
+def test_a_reward_model_is_in_eval_mode(vlm, prompts):
+    "Dropout and batch statistics are for training only: the same answer gets the same reward."
+    rm = RewardModel(vlm, RewardConfig(lora=LoRAConfig(r=4, alpha=8, dropout=.5), norm="batch")).double()
+    shake(vlm, "reward")
+    said = [p.answer for p in prompts]
+    assert torch.equal(score_texts(rm, prompts, said), score_texts(rm, prompts, said)) and not any(m.training for m in rm.modules())
+    rm.train()
+    assert not torch.equal(score_texts(rm, prompts, said), score_texts(rm, prompts, said))
+
+
+def test_early_stopping_brings_back_the_best(vlm, pairs, tmp_path):
+    "It stops by its verdict; the weights that count are those of its best look; the scale belongs to them."
+    rm = RewardModel(vlm, cfg := RewardConfig(lora=SMALL_LORA, epochs=40, fit=FitConfig(lr=.1, batch=1, micro_batch=8)))
+    watch = EarlyStopping(rm.double(), pairs, every=2, patience=2)
+    train_reward(rm, pairs, cfg, tmp_path, watch=watch)
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 2 * len(watch.history) < 40 * len(group_pairs(pairs))
+    assert early_stop(watch.history, 2) and not early_stop(watch.history[:-1], 2)
+    assert pair_accuracy(rm, pairs)["labels"] == max(watch.history) and not rm.training
+    for name, w in rm.state().items():
+        if not name.startswith("norm."): assert torch.equal(w, watch.best[name])
 
 
 def test_reward_state_round_trip(rm, prompts):
