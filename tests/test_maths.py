@@ -16,11 +16,12 @@ from vlmrlhf_course.advantages import ValueHead, gae, potential_shaping, token_r
 from vlmrlhf_course.hallucination import PenaltyConfig, hallucinations, overall_rate, penalty, pope_questions, severity
 from vlmrlhf_course.kl import AdaptiveController, ProportionalController, full_kl, kl_by_grounding, kl_estimate
 from vlmrlhf_course.ppo import PPOConfig, phase, ppo_policy_loss, value_loss
-from vlmrlhf_course.preferences import (annotate, balance, cohen_kappa, dedupe, doctor, fleiss_kappa, pairwise_votes, ranking_pairs,
-                                        similarity, true_score)
-from vlmrlhf_course.reward import ScoreHead, bt_loss, diagnose, last_real
+from vlmrlhf_course.preferences import (annotate, balance, cohen_kappa, dedupe, doctor, fleiss_kappa, length_bias, most_diverse, pairwise_votes,
+                                        ranking_pairs, similarity, tie_break, true_score, unsafe_claims)
+from vlmrlhf_course.reward import (ScoreHead, bt_loss, composite_weights, consistency, crossed_pairs, diagnose, early_stop, gated_score, last_real,
+                                   reliability, segment_scores, swap_pictures)
 from vlmrlhf_course.rollout import length_groups, padding_share, plan_prompts
-from vlmrlhf_course.sft import careless, converged, warmup_cosine
+from vlmrlhf_course.sft import careless, converged, unfrozen_layers, warmup_cosine
 from vlmrlhf_course.vlm import masked_mean, token_logprobs
 from vlmrlhf_course.world import (KINDS, NOUNS, PLACES, RESERVED, Prompt, describe, imagine, judge, make_prompt, parse_scene, sample_scene,
                                   sample_scenes, split_of, summarise)
@@ -368,18 +369,127 @@ def test_phases():
     assert {phase(0, PPOConfig(iterations=3))[0]} == {"main"}, "too short for phases"
 
 
-def test_converged():
-    falling, flat = [10 * .95 ** i for i in range(50)], [5.] * 30 + [1.] * 20
-    assert not converged(falling)[0] and converged(flat) == (True, 0.) and converged([2., 2., 2., 2., 1.])[1] == pytest.approx(.5)
+class TestConverged:
+    def test_by_definition(self):
+        "Welch's statistic of the last fifth against the one before, whatever came earlier."
+        before, last = [3., 5., 4., 4.], [1., 3., 2., 3.]
+        m = [sum(w) / 4 for w in (before, last)]
+        s2 = [sum((x - c) ** 2 for x in w) / 3 for w, c in zip((before, last), m)]
+        level, z = converged([99.] * 12 + before + last)
+        assert z == pytest.approx((m[0] - m[1]) / math.sqrt((s2[0] + s2[1]) / 4)) and level == (abs(z) < 2)
+
+    @given(st.floats(.1, 10), st.floats(-5, 5), seeds)
+    def test_units_do_not_matter(self, scale, shift, seed):
+        losses = [random.Random(f"{seed}/{i}").gauss(0, 1) for i in range(40)]
+        assert converged([scale * x + shift for x in losses])[1] == pytest.approx(converged(losses)[1], rel=1e-6, abs=1e-9)
+
+    def test_verdicts(self):
+        assert not converged([10 * .95 ** i for i in range(50)])[0], "falling"
+        assert not converged([float(i) for i in range(50)])[0], "rising is not level"
+        assert converged([5.] * 30 + [1.] * 20) == (True, 0.)
+        assert converged([2.] * 8 + [1.] * 2) == (False, math.inf)
+        with pytest.raises(ValueError, match="at least 10"): converged([1.] * 9)
+
+
+@pytest.mark.parametrize("progress, layers, want", [(0., 24, 0), (.2999, 24, 0), (.3, 24, 1), (.6999, 24, 1), (.7, 24, 24), (1., 24, 24), (.5, 1, 1)])
+def test_unfrozen_layers(progress, layers, want): assert unfrozen_layers(progress, layers) == want
 
 
 def test_diagnose():
     "Each check turns on what it is about, and on nothing else."
-    spread_out, ok = rand(400), dict(train_accuracy=.8, accuracy=.75, image_ablated=.55, text_ablated=.7)
-    assert all(good for good, _ in diagnose(spread_out, **ok).values())
-    for fault, change in (("accuracy", dict(accuracy=.64, text_ablated=.6)), ("overfit", dict(train_accuracy=.95, accuracy=.69)), ("looks", dict(image_ablated=.72)), ("reads", dict(text_ablated=.9))):
-        assert [k for k, (good, _) in diagnose(spread_out, **(ok | change)).items() if not good] == [fault]
-    assert [k for k, (good, _) in diagnose(spread_out * 1e-3, **ok).items() if not good] == ["collapse"]
+    healthy, ok = rand(400), dict(train_accuracy=.8, accuracy=.75, image_ablated=.55, asked=.9)
+    def sick(rewards=healthy, **change): return [k for k, (good, _) in diagnose(rewards, **(ok | change)).items() if not good]
+    assert sick() == [] == sick(healthy * 100 + 7)
+    assert sick(accuracy=.64) == ["accuracy"] and sick(train_accuracy=.95, accuracy=.69) == ["overfit"] and sick(train_accuracy=.95, accuracy=.71) == []
+    assert sick(image_ablated=.72) == ["looks"] and sick(asked=.6) == ["reads"] == sick(text_ablated=.8)
+    assert sick(healthy * 1e-3) == ["collapse"] == sick(torch.zeros(400)) and sick(torch.tanh(5 * healthy)) == ["skew"]
+
+
+# --- reward ---------------------------------------------------------------------------------------------------------
+
+@given(seeds, st.lists(st.integers(1, 7), min_size=1, max_size=4))
+def test_segment_scores_by_definition(seed, lengths):
+    A = max(lengths) + 1
+    scores, mask = rand(len(lengths), A, seed=seed), right_mask(lengths, A)
+    ends = rand(len(lengths), A, seed=seed + 1) > 0
+    got = segment_scores(scores, ends, mask)
+    for row, (n, s, e) in enumerate(zip(lengths, scores.tolist(), ends.tolist())):
+        want, since = [0.] * A, 0.
+        for t in range(n):
+            since += s[t]
+            if e[t] or t == n - 1: want[t], since = since, 0.
+        assert got[row].tolist() == pytest.approx(want)
+
+
+@given(st.lists(st.sampled_from([.5, .6, .7]), max_size=8), st.integers(1, 4))
+def test_early_stop(history, patience):
+    "Replayed with a counter: a new best resets it."
+    best, waited = -1., 0
+    for x in history: best, waited = (x, 0) if x > best else (best, waited + 1)
+    assert early_stop(history, patience) == (waited >= patience)
+
+
+@given(seeds, st.integers(1, 40), st.sampled_from([2, 5, 10]))
+def test_reliability_by_definition(seed, n, bins):
+    p, seen = rand(n, seed=seed).sigmoid(), rand(n, seed=seed + 1).sigmoid()
+    table, error = reliability(p, seen, bins)
+    groups = {}
+    for a, b in zip(p.tolist(), seen.tolist()): groups.setdefault(int(a * bins), []).append((a, b))
+    want = [[sum(a for a, _ in g) / len(g), sum(b for _, b in g) / len(g), len(g)] for _, g in sorted(groups.items())]
+    assert table.tolist() == [pytest.approx(row, abs=1e-6) for row in want]
+    assert error == pytest.approx(sum(abs(a - b) * k for a, b, k in want) / n, abs=1e-6)
+
+
+class TestComposites:
+    @given(seeds, st.sets(st.sampled_from("cat boat kite fish".split())), st.sets(st.sampled_from("cat boat kite".split()), min_size=1))
+    def test_consistency(self, seed, mentioned, detected):
+        image, text = rand(5, seed=seed), rand(5, seed=seed + 1)
+        got, cosine = consistency(image, text, mentioned, detected), float(image @ text / (image.norm() * text.norm()))
+        if mentioned: assert got == pytest.approx(.6 * cosine + .4 * sum(m in detected for m in mentioned) / len(mentioned)) and got >= -.6
+        else: assert got == -.6, "silence never wins"
+        assert consistency(image, text, set(), set()) == pytest.approx(.6 * cosine + .4)
+
+    @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+    def test_gate(self, t, v, a):
+        one = [torch.tensor([x], dtype=torch.float64) for x in (t, v, a)]
+        g = 1 / (1 + math.exp(-(a - .5) / .1))
+        assert_close(gated_score(*one), torch.tensor([(.2 + .2 * g) * t + (.2 + .1 * g) * v + (.6 - .3 * g) * a], dtype=torch.float64), rtol=1e-5, atol=1e-6)
+        more = one[:2] + [one[2] + .01]
+        assert gated_score(*more) > gated_score(*one), "never falls as alignment rises"
+
+    def test_narrow_gates_fall(self):
+        a = torch.linspace(0, 1, 200)
+        assert gated_score(0 * a, 0 * a, a, .03).diff().min() < 0 < gated_score(0 * a, 0 * a, a, .1).diff().min()
+
+    @pytest.mark.parametrize("known", [(.7, .2, .1), (.1, .1, .8), (1 / 3, 1 / 3, 1 / 3)])
+    def test_weights_are_found_again(self, known):
+        torch.manual_seed(0)
+        a, b, w = torch.rand(6000, 3), torch.rand(6000, 3), torch.tensor(known)
+        first = torch.bernoulli((8 * (a - b) @ w).sigmoid()).bool().unsqueeze(1)
+        got = composite_weights(torch.where(first, a, b), torch.where(first, b, a))
+        assert_close(got, w, rtol=0, atol=.05)
+        assert float(got.sum()) == pytest.approx(1) and (got > 0).all()
+
+
+def test_crossed_pairs():
+    a, b = (Prompt("detail", q, ans, "scene:x") for q, ans in (("q1", "one ."), ("q2", "two .")))
+    first, second = crossed_pairs(a, b)
+    assert (first["prompt"], first["chosen"], first["rejected"]) == ("q1", "one .", "two .") and (second["prompt"], second["chosen"], second["rejected"]) == ("q2", "two .", "one .")
+    assert crossed_pairs(a, Prompt("brief", "q3", "one .", None)) == []
+
+
+def test_swap_pictures():
+    rows = [dict(image=i, k=k) for k, i in enumerate(["p", "p", "q", None, "r"])]
+    assert [r["image"] for r in swap_pictures(rows)] == ["q", "q", "r", None, "p"] and [r["k"] for r in swap_pictures(rows)] == [0, 1, 2, 3, 4]
+    assert rows[0]["image"] == "p"
+
+
+def test_batch_norm_counts_real_tokens_only():
+    torch.manual_seed(0)
+    head, x, mask = ScoreHead(8, "token", norm="batch").double(), rand(2, 5, 8), right_mask([3, 5], 5)
+    dirty = torch.where(mask.unsqueeze(-1), x, 1e3)
+    assert_close(head(x, mask)[mask], head(dirty, mask)[mask])
+    assert_close(head.norm.running_mean, sum((1 - .1) ** i * .1 for i in range(2)) * x[mask].mean(0))
 
 
 # --- preferences ----------------------------------------------------------------------------------------------------
@@ -459,6 +569,16 @@ class TestDedupe:
         for i in set(range(len(answers))) - set(kept): assert any(similarity(answers[i], answers[k]) > most for k in kept if k < i)
 
 
+    @given(st.lists(words, max_size=6), st.integers(0, 7))
+    def test_most_diverse(self, answers, k):
+        "Each step takes an answer that no other would beat in distance to its nearest chosen neighbour."
+        kept = most_diverse(answers, k)
+        assert len(kept) == len(set(kept)) == min(k, len(answers)) and kept[:1] == [0][:len(kept)]
+        def near(i, chosen): return max(similarity(answers[i], answers[j]) for j in chosen)
+        for n in range(1, len(kept)):
+            assert near(kept[n], kept[:n]) == min(near(i, kept[:n]) for i in range(len(answers)) if i not in kept[:n])
+
+
 def test_annotators():
     scores = [3., 9., 5., 1.]
     assert annotate(scores, 0., random.Random(0)) == [2, 0, 1, 3]
@@ -486,6 +606,61 @@ def test_true_score_prefers_the_truth():
     assert best == pytest.approx(10) and 0 <= empty < faulty < best
     yes = Prompt("exists", "is there a cat ?", "yes .", f"scene:{SCENE}")
     assert true_score(yes, "yes .") == pytest.approx(10) and true_score(yes, "no .") < 5
+
+
+class TestTieBreak:
+    ask = Prompt("detail", "describe the picture .", describe(SCENE), f"scene:{SCENE}")
+    ranked = [("a small red cat on a large blue boat .", "a small red cat ."),             # both right: more facts
+              (describe(SCENE).replace("red", "green"), FAULTY),                            # both wrong: fewer errors
+              ("a cat .", describe(SCENE).replace("red", "green")),                         # right beats wrong
+              (FAULTY, ""), ("a cat .", "nothing .")]                                       # claiming nothing is wrong
+
+    @pytest.mark.parametrize("better, worse", ranked)
+    def test_rules(self, better, worse): assert tie_break(self.ask, better, worse) == 1 and tie_break(self.ask, worse, better) == -1
+
+    def test_undecided(self):
+        "As many errors in both, however much else they say."
+        one, short = describe(SCENE).replace("red", "green"), "a green cat ."
+        assert tie_break(self.ask, one, short) == 0 == tie_break(self.ask, "", "") == tie_break(self.ask, "a cat .", "a boat .")
+
+    def test_questions(self):
+        p = Prompt("exists", "is there a cat ?", "yes .", f"scene:{SCENE}")
+        assert [tie_break(p, *x) for x in (("yes .", "no ."), ("no .", "yes ."), ("yes .", "yes ."), ("no .", "maybe ."))] == [1, -1, 0, 0]
+
+
+@given(st.lists(st.tuples(words, words), max_size=12))
+def test_length_bias(pairs):
+    got = length_bias([dict(chosen=a, rejected=b) for a, b in pairs])
+    unequal = [(len(a.split()), len(b.split())) for a, b in pairs if len(a.split()) != len(b.split())]
+    n, wins = len(unequal), sum(a > b for a, b in unequal)
+    assert got["longer"] == pytest.approx(wins / n if n else .5)
+    assert got["z"] == pytest.approx((wins - n / 2) / math.sqrt(n / 4) if n else 0.)
+    if pairs: assert got["chosen"] == pytest.approx(sum(len(a.split()) for a, _ in pairs) / len(pairs))
+
+
+class TestUnsafeClaims:
+    @given(seeds, st.sampled_from([((0, 0, 1, 1), range(9)), ((0, 0, 1, 2 / 3), range(6)), ((1 / 3, 1 / 3, 1, 1), (4, 5, 7, 8)), ((.05, .05, .95, .95), (4,)), ((.5, .5, .6, .6), ())]))
+    def test_crops_against_the_judge(self, seed, crop):
+        "Whatever the judge calls false in the cropped scene, or true there and false before, has been named."
+        box, cells = crop
+        scene = sample_scene(random.Random(seed))
+        left = type(scene)(scene.place, tuple(g for g in scene.groups if g.cell in cells))
+        text = describe(imagine(scene, random.Random(seed + 1)))
+        before, after, named = judge(text, scene), judge(text, left), unsafe_claims(text, scene, "crop", box)
+        changed = [n for n in after.false_objects if n not in before.false_objects]
+        assert set(changed) <= set(named) and ("count" in named or before.count_right == after.count_right)
+        assert set(before.true_attributes) - set(after.true_attributes) <= {(n, k, v) for n, k, v in before.true_attributes if f"{v} {n}" in named}
+
+    @pytest.mark.parametrize("text, how, want", [
+        ("a cat on a boat .", "vflip", ["cat on boat"]), ("a cat behind a boat .", "vflip", []), ("a kite above a cat .", "vflip", ["above"]),
+        ("a cat on a boat .", "hflip", []), ("a cat left of a kite .", "hflip", ["left"]), ("a kite at the top right .", "crop", ["top", "right"])])
+    def test_words_and_relations(self, text, how, want): assert unsafe_claims(text, SCENE, how, (0., 1 / 3, 1., 1.)) == want
+
+    def test_a_crop_zooms(self):
+        "Nothing is lost, and yet sizes may change; the whole picture changes nothing."
+        assert unsafe_claims("a small red cat .", SCENE, "crop", (0., .2, 1., 1.)) == ["small cat"]
+        assert unsafe_claims(describe(SCENE), SCENE, "crop") == []
+        with pytest.raises(ValueError, match="hflip"): unsafe_claims("", SCENE, "rotate")
 
 
 # --- hallucination and world ----------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vlmrlhf_course.kl import full_kl, grounded_mask
 from vlmrlhf_course.ppo import ActorCritic, PPOConfig, PPOState, PPOTask, make_experience, train_ppo
 from vlmrlhf_course.preferences import sample_prompts
-from vlmrlhf_course.reward import RewardConfig, RewardModel, RewardTask, group_pairs, pair_accuracy, score_texts
+from vlmrlhf_course.reward import (EarlyStopping, RewardConfig, RewardModel, RewardTask, early_stop, group_pairs, pair_accuracy, score_texts,
+                                   train_reward)
 from vlmrlhf_course.rollout import sample, texts, with_answers
 from vlmrlhf_course.runs import make_accelerator, read_jsonl
-from vlmrlhf_course.sft import SFTTask, backward_through, pretrained_vlm
+from vlmrlhf_course.sft import FitConfig, SFTTask, backward_through, grad_norms, pretrained_vlm, unfreeze_tower
 from vlmrlhf_course.vlm import (VLM, Batch, LoRAConfig, answer, build_model, build_processor, load_vlm, pad_sides, save_vlm, token_logprobs)
 from vlmrlhf_course.world import Prompt, open_image
 
@@ -325,6 +326,28 @@ def test_rewards_do_not_depend_on_company(rm, prompts):
     assert ((score_texts(rm, prompts, cut) - together).abs() > 1e-6).all(), "the end of the answer was not read"
 
 
+def test_a_reward_model_is_in_eval_mode(vlm, prompts):
+    "Dropout and batch statistics are for training only: the same answer gets the same reward."
+    rm = RewardModel(vlm, RewardConfig(lora=LoRAConfig(r=4, alpha=8, dropout=.5), norm="batch")).double()
+    shake(vlm, "reward")
+    said = [p.answer for p in prompts]
+    assert torch.equal(score_texts(rm, prompts, said), score_texts(rm, prompts, said)) and not any(m.training for m in rm.modules())
+    rm.train()
+    assert not torch.equal(score_texts(rm, prompts, said), score_texts(rm, prompts, said))
+
+
+def test_early_stopping_brings_back_the_best(vlm, pairs, tmp_path):
+    "It stops by its verdict; the weights that count are those of its best look; the scale belongs to them."
+    rm = RewardModel(vlm, cfg := RewardConfig(lora=SMALL_LORA, epochs=40, fit=FitConfig(lr=.1, batch=1, micro_batch=8)))
+    watch = EarlyStopping(rm.double(), pairs, every=2, patience=2)
+    train_reward(rm, pairs, cfg, tmp_path, watch=watch)
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 2 * len(watch.history) < 40 * len(group_pairs(pairs))
+    assert early_stop(watch.history, 2) and not early_stop(watch.history[:-1], 2)
+    assert pair_accuracy(rm, pairs)["labels"] == max(watch.history) and not rm.training
+    for name, w in rm.state().items():
+        if not name.startswith("norm."): assert torch.equal(w, watch.best[name])
+
+
 def test_reward_state_round_trip(rm, prompts):
     other = copy.deepcopy(rm)
     shake(rm.vlm, "reward", seed=9), rm.shift.fill_(.5), rm.scale.fill_(3.)
@@ -509,6 +532,27 @@ def test_sft_does_not_depend_on_micro_batches(vlm, prompts, full):
     for part in (vlm.projector, vlm.language, vlm.model.lm_head): part.requires_grad_(True)
     loss, _, _ = same_for_every_split(SFTTask(vlm), prompts)
     with torch.no_grad(): assert loss == pytest.approx(float(-logprobs(vlm, full).sum() / full.answer_mask.sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_staged_unfreezing(vlm, layer):
+    "The layer that trains first is the last one that is read; the projector always trains; going back freezes again."
+    vlm.tower.encoder.layers.append(copy.deepcopy(vlm.tower.encoder.layers[0]))      # three layers in all
+    vlm.tower.encoder.layers.append(copy.deepcopy(vlm.tower.encoder.layers[0]))
+    vlm.model.config.vision_feature_layer = layer
+    last = 3 + layer
+    for progress, want in ((0., []), (.3, [last]), (.69, [last]), (.7, [0, 1, 2]), (.1, [])):
+        unfreeze_tower(vlm, progress)
+        layers = [i for i, part in enumerate(vlm.tower.encoder.layers) if all(p.requires_grad for p in part.parameters())]
+        assert layers == want and all(p.requires_grad for p in vlm.projector.parameters())
+        assert all(p.requires_grad for p in vlm.tower.embeddings.parameters()) == (progress == .7)
+
+
+def test_grad_norms(vlm, full):
+    vlm.projector.requires_grad_(True)
+    vlm.answer_logits(full).sum().backward()
+    got = grad_norms(dict(projector=vlm.projector, language=vlm.language))
+    assert got["language"] == 0. and got["projector"] == pytest.approx(sum(float((p.grad ** 2).sum()) for p in vlm.projector.parameters()) ** .5)
 
 
 def test_reward_does_not_depend_on_micro_batches(rm, pairs):
