@@ -111,8 +111,9 @@ def test_guard_remembers_over_a_resumption():
     with pytest.raises(UserError): b(1, float("nan"), 1.)
 
 
-def test_emergencies_have_a_limit():
-    policy, *_ = start(cfg := config(max_emergencies=2, kl_emergency=10.))
+def test_emergencies_have_a_limit(monkeypatch):
+    monkeypatch.setattr(ppo, "MAX_EMERGENCIES", 2)
+    policy, *_ = start(cfg := config(kl_emergency=10.))
     state = PPOState(policy, cfg)
     assert state.after(11., cfg) and state.after(float("nan"), cfg)   # a KL that is no number is an emergency, too
     with pytest.raises(UserError, match="kl_emergency=10.*3 times.*actor_lr"): state.after(12., cfg)
