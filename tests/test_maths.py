@@ -2,6 +2,7 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 from vlmrlhf_course.advantages import ValueHead, gae, potential_shaping, token_rewards, vision_gamma, whiten
-from vlmrlhf_course.hallucination import PenaltyConfig, hallucinations, overall_rate, penalty, pope_questions, severity
+from vlmrlhf_course.hallucination import SCHEDULED, PenaltyConfig, hallucinations, overall_rate, penalty, pope_questions, severity
 from vlmrlhf_course.kl import AdaptiveController, ProportionalController, full_kl, kl_by_grounding, kl_estimate
 from vlmrlhf_course.ppo import PPOConfig, phase, ppo_policy_loss, value_loss
 from vlmrlhf_course.preferences import (annotate, balance, cohen_kappa, dedupe, doctor, fleiss_kappa, length_bias, most_diverse, pairwise_votes,
@@ -266,6 +267,22 @@ class TestKL:
         for kind, want in (("k1", math.log(2)), ("k2", math.log(2) ** 2 / 2), ("k3", .5 - 1 + math.log(2))):
             assert_close(kl_estimate(new, ref, kind), torch.tensor([[want]]))
         with pytest.raises(ValueError, match="k4"): kl_estimate(new, ref, "k4")
+
+    @given(seeds)
+    def test_gradients(self, seed):
+        "Of all uses of an estimator only k2 as a loss and k1 as a reward have the gradient of KL[policy‖ref] in expectation (all tokens enumerated)."
+        logits, ref = rand(5, seed=seed).requires_grad_(), rand(5, seed=seed + 1)
+        def gradient(loss_of):   # samples carry no gradient, so their weights are constants
+            logp = logits.log_softmax(-1)
+            return torch.autograd.grad((logp.detach().exp() * loss_of(logp)).sum(), logits)[0]
+        def as_loss(kind): return gradient(lambda logp: kl_estimate(logp, ref.log_softmax(-1), kind))
+        def as_reward(kind): return gradient(lambda logp: kl_estimate(logp, ref.log_softmax(-1), kind).detach() * logp)
+        true, other = (torch.autograd.grad(full_kl(logits, ref, way), logits)[0] for way in ("policy||ref", "ref||policy"))
+        for right in (as_loss("k2"), as_reward("k1")): assert_close(right, true)
+        assert_close(as_loss("k1"), torch.zeros(5, dtype=torch.float64))
+        assert_close(as_loss("k3"), other), assert_close(as_reward("k3"), true - other)
+        assume(true.norm() > .1 and (true - other).norm() > .1 * true.norm())
+        for wrong in (as_loss("k1"), as_loss("k3"), as_reward("k2"), as_reward("k3")): assert (wrong - true).norm() > 1e-3
 
     @given(seeds)
     def test_full_kl_in_both_directions(self, seed):
@@ -682,6 +699,21 @@ class TestPenalty:
     def test_relations_count(self):
         wrong = judge("a cat behind a boat .", SCENE)
         assert penalty(wrong) == pytest.approx(.5 * (-.5 + 4 * 2 / 3))
+
+    def test_count_and_place_cost_what_they_are_given(self):
+        wrong = judge("in this night scene there is a small red cat . there are six things .", SCENE)
+        assert wrong.count_right is False and wrong.place_right is False
+        flat = PenaltyConfig(weight=1., coverage=0.)
+        assert penalty(wrong, flat) == 0
+        assert penalty(wrong, replace(flat, count=-1.5)) == -1.5 and penalty(wrong, replace(flat, place=-.5)) == -.5
+        unsaid = judge("a small red cat .", SCENE)
+        assert penalty(unsaid, replace(flat, count=-9., place=-9.)) == 0
+
+    def test_the_scheduled_table(self):
+        s = SCHEDULED
+        assert (s.object, s.count, s.attribute, s.relation, s.place, s.count_power, s.ramp) == (-2., -1.5, -1., -.8, -.5, 1.2, 10_000) and s.coverage > 0
+        three = judge("in this night scene there is a fish and a lamp and a star . there are six things .", SCENE)
+        assert penalty(three, s) == pytest.approx(-2 * 3 ** 1.2 - 1.5 - .5) and penalty(three, s, 5_000) == pytest.approx(1.5 * penalty(three, s))
 
     def test_silence_does_not_win(self):
         truth, silence, faulty = (penalty(judge(t, SCENE)) for t in (describe(SCENE), "", FAULTY))
