@@ -369,6 +369,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'vlmrlhf_course.world.Verdict.mentions': ('world.html#verdict.mentions', 'vlmrlhf_course/world.py'),
                                       'vlmrlhf_course.world.Verdict.recall': ('world.html#verdict.recall', 'vlmrlhf_course/world.py'),
                                       'vlmrlhf_course.world.WorldConfig': ('world.html#worldconfig', 'vlmrlhf_course/world.py'),
+                                      'vlmrlhf_course.world.WorldConfig.__post_init__': ( 'world.html#worldconfig.__post_init__',
+                                                                                          'vlmrlhf_course/world.py'),
                                       'vlmrlhf_course.world._draw_thing': ('world.html#_draw_thing', 'vlmrlhf_course/world.py'),
                                       'vlmrlhf_course.world._hash': ('world.html#_hash', 'vlmrlhf_course/world.py'),
                                       'vlmrlhf_course.world._pick': ('world.html#_pick', 'vlmrlhf_course/world.py'),
