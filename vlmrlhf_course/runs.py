@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['together', 'make_accelerator', 'lost_peer', 'read_record', 'same_settings', 'sweep', 'lock', 'unlock', 'Run',
-           'course_run', 'seal', 'damage', 'last_whole', 'Checkpoints', 'StepGuard', 'reading', 'save_tensors',
-           'load_tensors', 'MetricLog', 'progress']
+           'course_run', 'seal', 'damage', 'last_whole', 'Checkpoints', 'StepGuard', 'reading', 'load_model',
+           'load_tensors', 'save_folder', 'save_tensors', 'MetricLog', 'progress']
 
 # %% ../nbs/90_runs.ipynb #imports
 import fcntl
@@ -25,7 +25,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
+from tqdm import tqdm
 # What chapters want of this kind they ask here for, so that they need not know where it stands:
 from .settings import (Settings, UserError, alone, build_config, check_choices, check_mixture, check_ranges, is_main, load_layers,
                                      load_settings, nearest, notice, read_jsonl, scales, write_jsonl, write_text)
@@ -234,7 +234,7 @@ class StepGuard:
             return True
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row == self.limit:
-            raise UserError(f"{self.stage}, step {step}: loss {loss:g}, gradient norm {norm:g}: {self.limit} updates in a row were not finite"
+            raise UserError(f"{self.stage}, step {step}: loss {loss:g}, gradient norm {norm:g}: {self.limit} updates in a row not finite"
                             " and not taken. See in metrics.jsonl what went wrong first; lower the learning rate, or look at the data")
         return False
 
@@ -252,13 +252,14 @@ def reading(path: str | Path, remedy: str):
         raise UserError(f"{path}: cannot be read ({text}); {remedy}") from None
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path):
-    "Write weights in one step. In a run of several processes the main one writes and the others wait."
-    part = path.with_name(f".part-{path.name}")
-    if is_main():
-        save_file({k: v.contiguous() for k, v in tensors.items()}, part)
-        os.replace(part, path)
-    together()
+def load_model(cls: type, path: str | Path, **settings):
+    "A `transformers` model from a folder. UserError also for what the library lets pass: NaN, and missing weights (it makes them up)."
+    with reading(path, "give a folder with a whole checkpoint"):
+        model, info = cls.from_pretrained(path, output_loading_info=True, **settings)
+    if info["missing_keys"]: raise UserError(f"{path}: {sorted(info['missing_keys'])[0]} is missing; give a folder with a whole checkpoint")
+    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if bad: raise UserError(f"{path}: {bad[0]} is not finite; take an earlier checkpoint")
+    return model.eval()
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -268,6 +269,26 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     bad = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
     if bad: raise UserError(f"{path}: {bad[0]} is not finite; {remedy}")
     return tensors
+
+# %% ../nbs/90_runs.ipynb #weights-save
+def save_folder(path: str | Path, *writers):
+    "Let `writers`, such as `model.save_pretrained`, fill a folder that appears when it is complete. The main process writes; all wait."
+    path = Path(path)
+    part = path.with_name(f".part-{path.name}")
+    if is_main():
+        for write in writers: write(part)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(part, path)
+    together()
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path):
+    "Write weights in one step. In a run of several processes the main one writes and the others wait."
+    part = path.with_name(f".part-{path.name}")
+    if is_main():
+        save_file({k: v.contiguous() for k, v in tensors.items()}, part)
+        os.replace(part, path)
+    together()
 
 # %% ../nbs/90_runs.ipynb #metrics
 class MetricLog:
