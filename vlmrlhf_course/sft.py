@@ -15,9 +15,9 @@ from importlib.resources import files
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
-from .runs import Checkpoints, MetricLog, Run, StepGuard, make_accelerator, progress
+from .runs import Checkpoints, MetricLog, Run, StepGuard, check_mixture, check_ranges, make_accelerator, progress
 from .vlm import VLM, VLMConfig, answer, build_model, build_processor, load_vlm, save_vlm, token_logprobs
-from .world import NUMBERS, Prompt, WorldConfig, describe, imagine, judge, make_prompt, sample_scenes, summarise
+from .world import KINDS, NUMBERS, Prompt, WorldConfig, describe, imagine, judge, make_prompt, sample_scenes, summarise
 
 # %% ../nbs/03_sft.ipynb #careless
 def careless(
@@ -73,6 +73,10 @@ class FitConfig:
     weight_decay: float = 0.01
     save_every: int = 100
 
+    def __post_init__(self):
+        counts = dict.fromkeys(("steps", "batch", "micro_batch", "save_every"), "[1, inf)")
+        check_ranges(self, lr="[0, inf)", warmup="[0, 1]", clip="(0, inf)", weight_decay="[0, inf)", **counts)
+
 
 def backward_through(task, items, micro_batch, accelerator, shard=True):
     "Backward through one global batch, micro-batch by micro-batch; the loss is normalised over the whole of it."
@@ -126,6 +130,10 @@ class SFTConfig:
     projector: FitConfig = FitConfig(steps=300, lr=1e-2)
     language: FitConfig = FitConfig(steps=300, lr=7e-4)
     kinds: dict[str, float] = field(default_factory=lambda: dict(detail=.55, brief=.1, exists=.1, count=.05, colour=.05, relation=.05, text=.1))
+
+    def __post_init__(self):
+        check_ranges(self, pictures="[1, inf)")
+        check_mixture(self, kinds=KINDS)
 
 
 def sft_items(cfg: SFTConfig, world: WorldConfig, seed: int, faithful: bool):
