@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from safetensors.torch import load_file, save_file
 from .preferences import preferences_stage
-from .runs import Run, check_choices
+from .runs import Run, check_choices, check_ranges, load_tensors, save_tensors
 from .sft import FitConfig, fit, sft_stage
 from .vlm import VLM, Batch, LoRAConfig
 from .world import Prompt
@@ -81,6 +80,7 @@ class RewardConfig:
 
     def __post_init__(self):
         check_choices(self, kind=("scalar", "token"), pooling=("last", "mean", "attention"), norm=("layer", "batch", "tanh", "none"))
+        check_ranges(self, epochs="(0, inf)", **dict.fromkeys(("margin", "margin_coef", "pull_coef", "prompts"), "[0, inf)"))
 
 # %% ../nbs/05_reward.ipynb #reward-model
 class RewardModel(nn.Module):
@@ -191,7 +191,7 @@ def train_reward(rm: RewardModel, pairs: list[dict], cfg: RewardConfig, folder, 
     def at(step):   # epochs follow each other without a gap: a batch may hold the end of one and the start of the next
         (epoch, k), n = divmod(step * cfg.fit.batch, len(groups)), cfg.fit.batch
         return [*order(epoch), *order(epoch + 1)][k:k + n]
-    fit(RewardTask(rm), at, replace(cfg.fit, steps=steps), folder, "reward model")
+    fit(RewardTask(rm), at, replace(cfg.fit, steps=steps), folder, "reward model", clear=False)
     scores = score_texts(rm, [Prompt("", r["prompt"], "", r["image"]) for r in pairs[:2000]], [r["chosen" if i % 2 else "rejected"] for i, r in enumerate(pairs[:2000])])
     rm.shift.copy_(scores.mean()), rm.scale.copy_(scores.std())
     return rm.requires_grad_(False)
@@ -208,9 +208,9 @@ def reward_stage(run: Run, name: str = "reward") -> RewardModel:
         train_reward(rm, train, cfg, folder, run.seed)
         info = dict(pair_accuracy=pair_accuracy(rm, validation), image_ablated=pair_accuracy(rm, validation, "blank"),
                     text_ablated=pair_accuracy(rm, validation, prompt="."), train=pair_accuracy(rm, train[:1000]))
-        save_file({k: v.contiguous() for k, v in rm.state().items()}, folder / "reward.safetensors")
+        save_tensors(rm.state(), folder / "reward.safetensors")
         run.finish(name, uses, **info)
-    rm.load(load_file(folder / "reward.safetensors"))
+    rm.load(load_tensors(folder / "reward.safetensors"))
     return rm.requires_grad_(False)
 
 # %% ../nbs/05_reward.ipynb #diagnose
