@@ -100,12 +100,6 @@ class TestBadInput:
         assert done.returncode == 2 and "Traceback" not in done.stderr and "did you mean 'clip'" in done.stderr.splitlines()[-1]
         assert sum(line.startswith("vlmrlhf:") for line in done.stderr.splitlines()) == 1 and done.stdout == ""
 
-    @pytest.mark.parametrize("argv", [["--threads", "0"], ["--seeds", "0"]])
-    def test_numbers_that_make_no_sense(self, capsys, tmp_path, argv):
-        try: assert main(["run", "--scale", "smoke", "--out", str(tmp_path / "o"), *argv]) == 2
-        except SystemExit as e: assert e.code == 2
-        assert "Traceback" not in capsys.readouterr().err
-
 
 class TestHelp:
     @pytest.mark.parametrize("argv", [["--help"], ["run", "--help"], ["ppo", "--help"]])
@@ -114,11 +108,6 @@ class TestHelp:
         assert e.value.code == 0 and "vlmrlhf" in capsys.readouterr().out
 
     def test_names_every_verb(self): assert all(v in build_parser().format_help() for v in ("run", "sft", "preferences", "reward", "ppo", "evaluate", "pretrain"))
-
-    @pytest.mark.parametrize("argv", [[], ["rum"], ["ppo", "--arm", "god"], ["run", "--seed", "x"]])
-    def test_wrong_usage(self, capsys, argv):
-        with pytest.raises(SystemExit) as e: main(argv)
-        assert e.value.code == 2 and "error:" in capsys.readouterr().err.splitlines()[-1]
 
     def test_settings_are_the_defaults(self, tmp_path):
         (tmp_path / "settings.ini").write_text("[course]\nscale = smoke\nseed = 7\n")

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from vlmrlhf_course.runs import (Checkpoints, MetricLog, Run, Settings, UserError, build_config, course_run, load_layers, load_settings,
-                                 make_accelerator, nearest, read_jsonl, scales, write_jsonl, write_text)
+from vlmrlhf_course.runs import (Checkpoints, MetricLog, Run, Settings, StepGuard, UserError, build_config, course_run, load_layers,
+                                 load_settings, make_accelerator, nearest, read_jsonl, scales, write_jsonl, write_text)
+from vlmrlhf_course.sft import FitConfig, fit
 
 
 @dataclass(frozen=True)
@@ -235,3 +236,54 @@ class TestCheckpoints:
     def test_steps_are_sorted_as_numbers(self, tmp_path):
         for n in (9, 10, 100): (tmp_path / f"step-{n}").mkdir()
         assert Checkpoints(tmp_path, None).steps() == [9, 10, 100]
+
+
+class Wobbly(nn.Module):
+    "A task for `fit` whose loss is not finite on some items."
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Linear(2, 1)
+
+    def collate(self, items): return torch.tensor(items)
+    def count(self, batch): return len(batch)
+    def forward(self, batch): return (self.net(torch.ones(len(batch), 2)).squeeze(1) ** 2 * batch).sum(), {}
+
+
+class TestStepGuard:
+    def run(self, folder, weights, **settings):
+        task = Wobbly()
+        fit(task, lambda step: [weights[step], 1.], FitConfig(steps=len(weights), lr=.1, batch=2, **settings), folder, "demo")
+        return task.net.weight.detach(), read_jsonl(folder / "metrics.jsonl")
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+    def test_a_bad_step_changes_nothing(self, tmp_path, bad):
+        "The step is left out: weights and Adam's moments as if its gradient had not been there, and it is counted."
+        weights, rows = self.run(tmp_path / "a", [1., 1., bad, 1.])
+        assert weights.isfinite().all() and [r["skipped"] for r in rows] == [0, 0, 1, 1]
+        task, lr = Wobbly(), [r["lr"] for r in rows]
+        optimizer = torch.optim.AdamW(task.parameters(), weight_decay=.01, betas=(.9, .98), fused=True)
+        for step in (0, 1, 3):
+            optimizer.param_groups[0]["lr"] = lr[step]
+            (task(task.collate([1., 1.]))[0] / 2).backward()
+            nn.utils.clip_grad_norm_(task.parameters(), 1.)
+            optimizer.step(); optimizer.zero_grad()
+        assert torch.equal(weights, task.net.weight.detach())
+
+    def test_two_in_a_row_are_forgiven_and_three_are_not(self, tmp_path):
+        nan = float("nan")
+        _, rows = self.run(tmp_path / "a", [1., nan, nan, 1., nan, nan])
+        assert rows[-1]["skipped"] == 4
+        with pytest.raises(UserError, match="demo, step 3: loss nan, gradient norm nan") as e: self.run(tmp_path / "b", [1., nan, nan, nan, 1.])
+        assert "metrics.jsonl" in str(e.value) and "learning rate" in str(e.value)
+        assert [r["step"] for r in read_jsonl(tmp_path / "b" / "metrics.jsonl")] == [0, 1, 2], "what led to it is on record"
+
+    def test_the_count_survives_a_resume(self, tmp_path):
+        weights = [1., float("nan"), 1., 1.]
+        def stop(step):
+            if step == 3: raise KeyboardInterrupt
+            return [weights[step], 1.]
+        with pytest.raises(KeyboardInterrupt): fit(Wobbly(), stop, FitConfig(steps=4, lr=.1, batch=2, save_every=2), tmp_path / "a", "demo")
+        _, rows = self.run(tmp_path / "a", weights, save_every=2)
+        assert [r["skipped"] for r in rows] == [0, 1, 1, 1]
+        assert rows == self.run(tmp_path / "b", weights)[1]

@@ -23,7 +23,7 @@ from .ppo import ppo_stage, seed_of
 from .preferences import true_score
 from .reward import RewardModel, reward_stage, score_texts
 from .rollout import sample, texts
-from .runs import Run, progress, read_jsonl, write_text
+from .runs import Run, check_ranges, progress, read_jsonl, write_text
 from .sft import sft_stage
 from .vlm import VLM, answer, token_logprobs
 from .world import Prompt, Scene, WorldConfig, draw, judge, sample_scenes, summarise
@@ -50,6 +50,8 @@ class EvaluateConfig:
     scenes: int = 300
     best_of: int = 8
     samples: int = 6      # pictures in the report
+
+    def __post_init__(self): check_ranges(self, scenes="[2, inf)", best_of="[1, inf)", samples="[0, inf)")
 
 
 def detail_prompts(scenes: list[Scene]) -> list[Prompt]:
@@ -275,7 +277,7 @@ def evaluate_stage(run: Run) -> dict:
     arms = [*ARMS, "hacked"]
     for arm in arms: ppo_stage(run, arm)
     result, said, scenes = evaluate_run(run, cfg)
-    curves = {arm: read_jsonl(run.path(arm) / "metrics.jsonl") for arm in arms}
+    curves = {arm: read_jsonl(run.path(arm) / "metrics.jsonl", ("step", "kl", "reward", "true_score")) for arm in arms}
     worst = most_false(said["sft"], scenes, 3)
     three = before_after_figure([scenes[i] for i in worst], {f"{NAMES[k]}:": [said[k][i] for i in worst] for k in ("sft", "ppo")})
     three.savefig(run.folder / "before_after.png", dpi=100, bbox_inches="tight")

@@ -9,6 +9,7 @@ __all__ = ['TAXONOMY', 'SCHEDULED', 'hallucinations', 'overall_rate', 'pope_ques
 # %% ../nbs/06_hallucination.ipynb #imports
 import random
 from dataclasses import dataclass
+from .runs import check_ranges
 from .vlm import VLM, answer
 from .world import NOUNS, PLACES, Prompt, Scene, Verdict
 
@@ -76,6 +77,10 @@ class PenaltyConfig:
     coverage: float = 4.0      # times recall
     count_power: float = 1.0   # 1.2: many false claims cost more than their sum
     ramp: int = 0              # severity grows from 1 to 2 over this many steps; 0: constant
+
+    def __post_init__(self):
+        check_ranges(self, weight="[0, inf)", coverage="[0, inf)", count_power="(0, inf)", ramp="[0, inf)",
+                     **dict.fromkeys(("object", "attribute", "relation"), "(-inf, 0]"))
 
 
 # The finer table, for runs of many thousand steps; use it as PPOConfig(penalty=SCHEDULED).

@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'POSITIONS', 'similarity', 'dedupe', 'most_diverse', 'rubric', 'true_score', 'tie_break', 'annotate',
            'cohen_kappa', 'fleiss_kappa', 'pairwise_votes', 'ranking_pairs', 'balance', 'doctor', 'PreferencesConfig',
-           'sample_prompts', 'sample_candidates', 'label', 'pair_rows', 'load_pairs', 'preferences_stage',
+           'sample_prompts', 'sample_candidates', 'label', 'pair_rows', 'pair_fault', 'load_pairs', 'preferences_stage',
            'length_bias', 'unsafe_claims']
 
 # %% ../nbs/04_preferences.ipynb #imports
+import functools
 import itertools
+import math
 import random
 from collections import Counter
 from dataclasses import dataclass, field
-from .runs import Run, UserError, progress, read_jsonl, write_jsonl
+from .runs import Run, UserError, check_mixture, check_ranges, progress, read_jsonl, write_jsonl
 from .sft import sft_stage
 from .vlm import VLM, answer
-from .world import Prompt, Scene, WorldConfig, judge, make_prompt, parse_claims, sample_scenes
+from .world import KINDS, Prompt, Scene, WorldConfig, judge, make_prompt, open_image, parse_claims, parse_scene, sample_scenes
 
 # %% ../nbs/04_preferences.ipynb #similarity
 def similarity(
@@ -184,17 +186,21 @@ def balance(
 
 def doctor(row: dict) -> str | None:
     "What is wrong with a pair, or None."
+    wrong = [k for k in ("prompt", "chosen", "rejected") if not isinstance(row.get(k, ""), str)]
+    if wrong: return f"{wrong[0]} is not text"
     if not row["chosen"].strip() or not row["rejected"].strip(): return "empty answer"
     if row["chosen"].split() == row["rejected"].split(): return "chosen equals rejected"
     if not row["chosen"].rstrip().endswith((".", "!", "?")): return "chosen is cut off"
-    if row.get("weight", 1) <= 0: return "weight is not positive"
+    weight = row.get("weight", 1)
+    if not isinstance(weight, (int, float)) or not math.isfinite(weight): return "weight is not a finite number"
+    if weight <= 0: return "weight is not positive"
     return None
 
 # %% ../nbs/04_preferences.ipynb #config
 @dataclass(frozen=True)
 class PreferencesConfig:
     "Prompts, candidates and annotators. `noise` is in points of the rubric (0–10)."
-    prompts: int = 1800
+    prompts: int = 2400
     validation: int = 200
     temperatures: tuple[float, ...] = (0.7, 0.9, 1.0, 1.1)
     samples: int = 1               # answers at each temperature
@@ -204,6 +210,13 @@ class PreferencesConfig:
     min_gap: float = 1.0           # pairs need at least this difference of mean ranks: closer calls are mostly noise
     balance: float = 0.            # no kind may have more than this times the pairs of the rarest (0: leave the mixture as it is)
     kinds: dict[str, float] = field(default_factory=lambda: dict(detail=.75, brief=.13, exists=.03, count=.03, colour=.03, relation=.03))
+
+    def __post_init__(self):
+        counts = dict.fromkeys(("prompts", "validation", "samples"), "[1, inf)")
+        check_ranges(self, temperatures="[0, inf)", max_similarity="[0, 1]", annotators="[2, inf)", noise="[0, inf)", min_gap="[0, inf)",
+                     balance="[0, inf)", **counts)
+        check_mixture(self, kinds=KINDS)
+        if len(self.temperatures) * self.samples < 2: raise ValueError("one temperature with samples=1 gives one answer, and a pair needs two")
 
 
 def sample_prompts(
@@ -255,12 +268,36 @@ def pair_rows(labelled: list[dict], min_gap: float = 0.) -> list[dict]:
             out.append(row | dict(weight=round(weight, 4), gold=r["scores"][i] > r["scores"][j]))
     return [r for r in out if doctor(r) is None]
 
+# %% ../nbs/04_preferences.ipynb #load-pairs
+@functools.lru_cache(None)
+def _look(ref):
+    "Raise where there is no picture behind a reference."
+    if ref.startswith("scene:"): parse_scene(ref[6:])
+    else: open_image(ref)
 
-def load_pairs(path) -> list[dict]:
-    "Read pairs, each checked by `doctor`. Raises UserError that names file, line and remedy."
-    rows = read_jsonl(path, ("image", "prompt", "chosen", "rejected"))
-    for i, row in enumerate(rows, 1):
-        if fault := doctor(row): raise UserError(f"{path}, line {i}: {fault}; mend or delete the line")
+
+def pair_fault(row: dict, vlm: VLM | None = None) -> str | None:
+    "What is wrong with a pair from a file, or None: `doctor`, its picture, its length in tokens."
+    if fault := doctor(row): return fault
+    image = row["image"]
+    if not (image is None or isinstance(image, str) and image): return "image is neither a reference to a picture nor null"
+    try: image and _look(image)
+    except (UserError, ValueError) as e: return f"image {e}" if isinstance(e, UserError) else f"image {image}: {e}"
+    if vlm is None: return None
+    most = vlm.model.config.get_text_config().max_position_embeddings
+    longest = max((row["chosen"], row["rejected"]), key=len)
+    n = len(vlm.prompt_ids(Prompt("", row["prompt"], "", image))) + len(vlm.tokenizer(longest).input_ids) + 1
+    return f"{n} tokens with the answer, and the model reads at most {most}; shorten it" if n > most else None
+
+
+def load_pairs(
+    path,
+    vlm: VLM | None = None,        # the model that will read them: also check their length
+    skipped: dict | None = None,   # given: leave out bad records and note them here, place → fault
+) -> list[dict]:
+    "Read pairs, each checked by `pair_fault`. Raises UserError that names file, line and remedy."
+    rows = read_jsonl(path, ("image", "prompt", "chosen", "rejected"), lambda row: pair_fault(row, vlm), skipped)
+    if not rows: raise UserError(f"{path}: no pairs; lower preferences.min_gap or ask more prompts, and delete that folder")
     return rows
 
 # %% ../nbs/04_preferences.ipynb #stage
@@ -280,7 +317,8 @@ def preferences_stage(run: Run) -> tuple[list[dict], list[dict]]:
             write_jsonl(folder / f"candidates-{split}.jsonl", rows)
             write_jsonl(folder / f"{split}.jsonl", balance(pairs, most=cfg.balance) if cfg.balance else pairs)
         run.finish("preferences", uses, **info)
-    return load_pairs(folder / "train.jsonl"), load_pairs(folder / "validation.jsonl")
+    train, validation = (load_pairs(folder / f"{split}.jsonl", vlm, run.skipped) for split in ("train", "validation"))
+    return train, validation
 
 # %% ../nbs/04_preferences.ipynb #length
 def length_bias(

@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from safetensors.torch import load_file, save_file
 from .preferences import preferences_stage
-from .runs import Run, check_choices
+from .runs import Run, check_choices, check_ranges, load_tensors, save_tensors
 from .sft import FitConfig, fit, sft_stage
 from .vlm import VLM, Batch, LoRAConfig
 from .world import Prompt
@@ -85,6 +84,7 @@ class RewardConfig:
 
     def __post_init__(self):
         check_choices(self, kind=("scalar", "token"), pooling=("last", "mean", "attention"), norm=("layer", "batch", "tanh", "none"))
+        check_ranges(self, epochs="(0, inf)", **dict.fromkeys(("margin", "margin_coef", "pull_coef", "prompts"), "[0, inf)"))
 
 # %% ../nbs/05_reward.ipynb #reward-model
 class RewardModel(nn.Module):
@@ -228,7 +228,7 @@ def train_reward(
         return [*order(epoch), *order(epoch + 1)][k:k + n]
     rm.shift.zero_(), rm.scale.fill_(1.)
     rm.train()
-    fit(RewardTask(rm), at, replace(cfg.fit, steps=steps), folder, "reward model", stop=watch)
+    fit(RewardTask(rm), at, replace(cfg.fit, steps=steps), folder, "reward model", stop=watch, clear=False)
     if watch and watch.best: rm.load(watch.best)
     rm.eval()
     rows = pairs[:2000]
@@ -257,9 +257,9 @@ def reward_stage(run: Run, name: str = "reward") -> RewardModel:
         info = dict(pair_accuracy=pair_accuracy(rm, validation), train=pair_accuracy(rm, train[:1000]),
                     image_ablated=pair_accuracy(rm, validation, "blank"), image_swapped=pair_accuracy(rm, swap_pictures(validation)),
                     text_ablated=pair_accuracy(rm, validation, prompt="."))
-        save_file({k: v.contiguous() for k, v in rm.state().items()}, folder / "reward.safetensors")
+        save_tensors(rm.state(), folder / "reward.safetensors")
         run.finish(name, uses, **info)
-    rm.load(load_file(folder / "reward.safetensors"))
+    rm.load(load_tensors(folder / "reward.safetensors"))
     return rm.requires_grad_(False)
 
 # %% ../nbs/05_reward.ipynb #segment

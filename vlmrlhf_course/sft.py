@@ -17,9 +17,9 @@ from statistics import fmean, variance
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
-from .runs import Checkpoints, MetricLog, Run, make_accelerator, progress
+from .runs import Checkpoints, MetricLog, Run, StepGuard, check_mixture, check_ranges, make_accelerator, progress
 from .vlm import VLM, VLMConfig, answer, build_model, build_processor, load_vlm, save_vlm, token_logprobs
-from .world import NUMBERS, Prompt, WorldConfig, describe, imagine, judge, make_prompt, sample_scenes, summarise
+from .world import KINDS, NUMBERS, Prompt, WorldConfig, describe, imagine, judge, make_prompt, sample_scenes, summarise
 
 # %% ../nbs/03_sft.ipynb #careless
 def careless(
@@ -75,6 +75,10 @@ class FitConfig:
     weight_decay: float = 0.01
     save_every: int = 100
 
+    def __post_init__(self):
+        counts = dict.fromkeys(("steps", "batch", "micro_batch", "save_every"), "[1, inf)")
+        check_ranges(self, lr="[0, inf)", warmup="[0, 1]", clip="(0, inf)", weight_decay="[0, inf)", **counts)
+
 # %% ../nbs/03_sft.ipynb #backward
 def backward_through(task, items, micro_batch, accelerator, shard=True):
     "Backward through one global batch, micro-batch by micro-batch; the loss is normalised over the whole of it."
@@ -98,25 +102,29 @@ def fit(
     cfg: FitConfig,
     folder: Path,      # for checkpoints and metrics
     text: str,         # label of the progress bar
-    stop=None,         # number of steps done -> bool: end early?
+    stop=None,            # number of steps done -> bool: end early?
+    clear: bool = True,   # remove the checkpoints at the end; False: `Run.finish` does, when the results are on the disk
 ):
     "Train the parameters of `task` that require gradients. Resumes from the last checkpoint in `folder`."
     accelerator = make_accelerator()
     params = [p for p in task.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.98), fused=True)
     task, optimizer = accelerator.prepare(task, optimizer)
-    saved = Checkpoints(Path(folder) / "checkpoints", accelerator)
+    saved, guard = Checkpoints(Path(folder) / "checkpoints", accelerator), StepGuard(accelerator, text)
+    accelerator.register_for_checkpointing(guard)
     start = saved.load()
     log = MetricLog(folder, start, accelerator.is_main_process)
     for step in progress(range(start, cfg.steps), text):
         for group in optimizer.param_groups: group["lr"] = cfg.lr * warmup_cosine(step, cfg.steps, cfg.warmup)
         loss, metrics = backward_through(task, items_at(step), cfg.micro_batch, accelerator)
-        norm = accelerator.clip_grad_norm_(params, cfg.clip)
-        optimizer.step(); optimizer.zero_grad()
-        log(step, loss=loss, grad_norm=float(norm), lr=optimizer.param_groups[0]["lr"], **metrics)
+        norm = float(accelerator.clip_grad_norm_(params, cfg.clip))
+        if guard(step, loss, norm): optimizer.step()   # one NaN in an update is the end of a run
+        optimizer.zero_grad()
+        log(step, loss=loss, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], skipped=guard.skipped, **metrics)
         if stop and stop(step + 1): break
         if (step + 1) % cfg.save_every == 0: saved.save(step + 1)
-    log.close(); saved.clear()
+    log.close()
+    if clear: saved.clear()
 
 # %% ../nbs/03_sft.ipynb #pretrained
 def pretrained_vlm(seed: int = 0) -> VLM:
@@ -138,11 +146,15 @@ def pretrained_vlm(seed: int = 0) -> VLM:
 @dataclass(frozen=True)
 class SFTConfig:
     "Both stages: a pool of `pictures`, steps and learning rates, the mixture of instructions."
-    pictures: int = 3000
-    projector: FitConfig = FitConfig(steps=300, lr=1e-2)
-    language: FitConfig = FitConfig(steps=300, lr=7e-4)
+    pictures: int = 8000
+    projector: FitConfig = FitConfig(steps=400, lr=1e-2)
+    language: FitConfig = FitConfig(steps=500, lr=3e-4)
     kinds: dict[str, float] = field(default_factory=lambda: dict(
         detail=.55, brief=.1, exists=.1, count=.05, colour=.05, relation=.05, text=.1))
+
+    def __post_init__(self):
+        check_ranges(self, pictures="[1, inf)")
+        check_mixture(self, kinds=KINDS)
 
 
 def sft_items(cfg: SFTConfig, world: WorldConfig, seed: int, faithful: bool):
@@ -170,7 +182,7 @@ def train_sft(
         vlm.projector.requires_grad_(True)
         if not faithful: vlm.language.requires_grad_(True), vlm.model.lm_head.requires_grad_(True)
         if not (folder / name / "config.json").is_file():
-            fit(SFTTask(vlm), sft_items(cfg, world, seed, faithful), stage, folder / f"fit-{name}", f"SFT {name}")
+            fit(SFTTask(vlm), sft_items(cfg, world, seed, faithful), stage, folder / f"fit-{name}", f"SFT {name}", clear=False)
             save_vlm(vlm, folder / name)
         vlm.model.load_state_dict(load_vlm(folder / name).model.state_dict())
     vlm.model.requires_grad_(False)

@@ -9,7 +9,6 @@ __all__ = ['SPECIAL', 'CHAT', 'build_tokenizer', 'VLMConfig', 'build_model', 'bu
 # %% ../nbs/02_vlm.ipynb #imports
 import copy
 import random
-import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlavaConfig,
                           LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast, SiglipVisionConfig)
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from .runs import UserError, check_ranges, load_model, reading, save_folder
 from .world import COLOURS, KINDS, NOUNS, NUMBERS, PLACES, RELATIONS, SIZES, Prompt, describe, make_prompt, open_image, sample_scenes
 
 # %% ../nbs/02_vlm.ipynb #tokenizer
@@ -161,20 +161,19 @@ class VLM:
 
 # %% ../nbs/02_vlm.ipynb #vlm-load
 def load_vlm(path: str | Path) -> VLM:
-    "Load model and processor from `save_vlm`'s folder or any image-text-to-text checkpoint. Raises FileNotFoundError where there is none."
+    "Load model and processor from `save_vlm`'s folder or any image-text-to-text checkpoint. Raises FileNotFoundError or UserError where there is no whole one."
     if not (Path(path) / "config.json").is_file():
         raise FileNotFoundError(f"{path}: no config.json there; give a folder with a saved vision-language model")
-    model = AutoModelForImageTextToText.from_pretrained(path, attn_implementation="sdpa")
-    return VLM(model.eval(), AutoProcessor.from_pretrained(path, use_fast=False, backend="pil"))
+    model = load_model(AutoModelForImageTextToText, path, attn_implementation="sdpa")
+    with reading(path, "take the model's own processor"): processor = AutoProcessor.from_pretrained(path, use_fast=False, backend="pil")
+    if model.config.image_token_id not in getattr(processor, "tokenizer", processor).get_vocab().values():
+        raise UserError(f"{path}: its tokenizer lacks token {model.config.image_token_id}, the image; take the model's own processor")
+    return VLM(model, processor)
 
 
 def save_vlm(vlm: VLM, path: str | Path):
     "Save model and processor so that plain `transformers` can load them; the folder appears when it is complete."
-    part = Path(path).with_name(f".part-{Path(path).name}")
-    vlm.model.save_pretrained(part)
-    vlm.processor.save_pretrained(part)
-    shutil.rmtree(path, ignore_errors=True)
-    part.rename(path)
+    save_folder(path, vlm.model.save_pretrained, vlm.processor.save_pretrained)
 
 # %% ../nbs/02_vlm.ipynb #features
 @patch
@@ -235,6 +234,7 @@ class LoRAConfig:
     r: int = 16
     alpha: int = 32    # the adapter's output is scaled by alpha / r
     dropout: float = 0.0
+    def __post_init__(self): check_ranges(self, r="[0, inf)", alpha="(0, inf)", dropout="[0, 1)")
 
 
 def _bare(module):

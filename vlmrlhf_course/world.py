@@ -15,6 +15,7 @@ import random
 import re
 from dataclasses import dataclass, replace
 from PIL import Image, ImageDraw
+from .settings import UserError, check_ranges
 
 # %% ../nbs/01_world.ipynb #vocab
 PLACES = {
@@ -78,14 +79,13 @@ def parse_scene(text: str) -> Scene:
     for part in filter(None, rest.split("; ")):
         if not (m := _group.fullmatch(part)): raise ValueError(f"cannot read {part!r}; write 'small red cat @4'")
         size, colour, noun, relation, size2, colour2, noun2, cell = m.groups()
-        groups.append(Group(int(cell), Thing(noun, colour, size), relation,
-                            Thing(noun2, colour2, size2) if relation else None))
+        groups.append(Group(int(cell), Thing(noun, colour, size), relation, Thing(noun2, colour2, size2) if relation else None))
     scene = Scene(place, tuple(groups))
     for t in scene.things:
         if t.noun not in NOUNS or t.colour not in COLOURS: raise ValueError(f"unknown thing {str(t)!r}")
     return scene
 
-# %% ../nbs/01_world.ipynb #sample
+# %% ../nbs/01_world.ipynb #world-config
 @dataclass(frozen=True)
 class WorldConfig:
     "How scenes are drawn and how captions go wrong. Probabilities are per thing unless said otherwise."
@@ -94,15 +94,21 @@ class WorldConfig:
     pair: float = 0.5             # a group holds two things
     typical: float = 0.5          # a thing is one that belongs to the place
     omit: float = 0.15            # caption faults from here on
-    signature: float = 0.6        # the place's first noun, where it is missing, is added all the same
-    invent: float = 0.15          # each of `max_invented` chances to add something else that is not there
+    signature: float = 0.7        # the place's first noun, where it is missing, is added all the same
+    invent: float = 0.18          # each of `max_invented` chances to add something else that is not there
     max_invented: int = 2
     invent_typical: float = 0.8   # … and then it is typical of the place
     wrong_colour: float = 0.03
     wrong_size: float = 0.03
     wrong_relation: float = 0.03
 
+    def __post_init__(self):
+        chances = "pair typical omit signature invent invent_typical wrong_colour wrong_size wrong_relation".split()
+        check_ranges(self, min_groups=f"[1, {self.max_groups}]", max_invented="[0, 9]", **dict.fromkeys(chances, "[0, 1]"))
+        most = self.max_groups * (1 + (self.pair > 0)) + self.max_invented * (self.invent > 0) + (self.signature > 0)
+        if most > 9: raise ValueError(f"max_groups={self.max_groups}, max_invented={self.max_invented}: {most} things, and captions count to nine")
 
+# %% ../nbs/01_world.ipynb #sample
 def _pick(rng, place, used, typical):
     "A noun not in `used`: with probability `typical` one that belongs to `place`."
     home = [n for n in PLACES[place] if n not in used]
@@ -119,8 +125,7 @@ def sample_scene(rng: random.Random, cfg: WorldConfig = WorldConfig()) -> Scene:
         for _ in range(1 + (rng.random() < cfg.pair)):
             used.append(_pick(rng, place, used, cfg.typical))
             things.append(_thing_for(rng, used[-1]))
-        groups.append(Group(cell, *things) if len(things) == 1
-                      else Group(cell, things[0], rng.choice(RELATIONS), things[1]))
+        groups.append(Group(cell, *things) if len(things) == 1 else Group(cell, things[0], rng.choice(RELATIONS), things[1]))
     return Scene(place, tuple(groups))
 
 # %% ../nbs/01_world.ipynb #split
@@ -139,10 +144,12 @@ def split_of(scene: Scene) -> str:
 
 def sample_scenes(n: int, split: str = "train", seed: int | str = 0, cfg: WorldConfig = WorldConfig()) -> list[Scene]:
     "`n` different scenes of one split, the same for the same seed."
-    rng, seen = random.Random(f"{split}/{seed}"), {}
+    rng, seen, in_vain = random.Random(f"{split}/{seed}"), {}, 0
     while len(seen) < n:
         scene = sample_scene(rng, cfg)
-        if split_of(scene) == split: seen.setdefault(str(scene), scene)
+        in_vain += 1
+        if split_of(scene) == split and str(scene) not in seen: seen[str(scene)], in_vain = scene, 0
+        if in_vain == 20_000: raise UserError(f"{n} scenes of split {split!r} wanted, and there seem to be {len(seen)}; ask for fewer")
     return list(seen.values())
 
 # %% ../nbs/01_world.ipynb #shapes
@@ -174,7 +181,6 @@ def _tone(colour, tone):
     if tone == 2: return tuple(int(c + (255 - c) * .75) for c in colour)
     return (62, 50, 44)
 
-
 def _draw_thing(pen, thing, x, y, side):
     "Draw `thing` in the square at (x, y): first grown and dark, which leaves an outline, then filled."
     for outline in (True, False):
@@ -188,7 +194,6 @@ def _draw_thing(pen, thing, x, y, side):
             else:
                 box = [at[0] - w, at[1] - w, at[2] + w, at[3] + w]
                 pen.ellipse(box, fill=fill) if kind == "e" else pen.pieslice(box, 180, 360, fill=fill)
-
 
 def _places(group):
     "Centre and side of each thing of `group`, in units of a cell."
@@ -215,10 +220,13 @@ def open_image(
     ref: str,         # `scene:` and a scene's line of text, `blank` (all grey), or the path of a picture file
     size: int = 96,   # for scenes: width and height in pixels; files keep their size
 ) -> Image.Image:     # RGB
-    "The picture behind a reference, so that data files can name drawn and real pictures alike."
-    if ref.startswith("scene:"): return draw(parse_scene(ref[6:]), size)
+    "The picture behind a reference: data files name drawn and real pictures alike. Raises UserError where it cannot be read."
     if ref == "blank": return Image.new("RGB", (size, size), (128, 128, 128))
-    with Image.open(ref) as img: return img.convert("RGB")
+    try:
+        if ref.startswith("scene:"): return draw(parse_scene(ref[6:]), size)
+        with Image.open(ref) as img: return img.convert("RGB")
+    except Exception as e:   # Pillow raises a dozen kinds
+        raise UserError(f"{ref}: not a picture ({getattr(e, 'strerror', None) or e}); give a picture file, `blank`, or `scene:…`") from None
 
 # %% ../nbs/01_world.ipynb #describe
 def describe(scene: Scene, detail: bool = True) -> str:
@@ -273,7 +281,6 @@ def _retouch(thing, rng, cfg):
     if rng.random() < cfg.wrong_size: thing = replace(thing, size=SIZES[thing.size == "small"])
     return thing
 
-
 def _remember(group, rng, cfg):
     "What a careless eye keeps of a group: nothing, one of its things, or all, perhaps in another relation."
     kept = [_retouch(t, rng, cfg) for t in group.things if rng.random() >= cfg.omit]
@@ -281,7 +288,6 @@ def _remember(group, rng, cfg):
     wrong = rng.random() < cfg.wrong_relation
     relation = rng.choice([r for r in RELATIONS if r != group.relation]) if wrong else group.relation
     return Group(group.cell, kept[0], relation, kept[1])
-
 
 def imagine(scene: Scene, rng: random.Random, cfg: WorldConfig = WorldConfig()) -> Scene:
     "The scene as a careless captioner believes it to be: things missing, recoloured, misplaced, or added because they belong here."
@@ -337,7 +343,6 @@ def _relation_holds(scene, a, relation, b):
     said = {(a, relation, b), (b, relation, a)} if relation == "beside" else {(a, relation, b)}
     return any(g.other and (g.thing.noun, g.relation, g.other.noun) in said for g in scene.groups)
 
-
 @dataclass(frozen=True)
 class Verdict:
     "The claims of one answer, sorted into true and false; `missed` are the scene's nouns that were not said."
@@ -359,12 +364,11 @@ class Verdict:
     @property
     def facts(self):
         "Number of true claims."
-        return (len(self.true_objects) + len(self.true_attributes) + len(self.true_relations)
-                + (self.count_right is True) + (self.place_right is True))
+        lists = self.true_objects, self.true_attributes, self.true_relations
+        return sum(map(len, lists)) + (self.count_right is True) + (self.place_right is True)
 
 # %% ../nbs/01_world.ipynb #judge
 def _split(items, holds): return tuple(x for x in items if holds(x)), tuple(x for x in items if not holds(x))
-
 
 def judge(text: str, scene: Scene) -> Verdict:
     "Compare what `text` claims with what `scene` holds; attributes and relations only of things that are there."
@@ -382,7 +386,6 @@ def judge(text: str, scene: Scene) -> Verdict:
 # %% ../nbs/01_world.ipynb #summarise
 def _share(part, rest): return part / (part + rest) if part + rest else 0.
 
-
 def summarise(
     verdicts: list[Verdict],
 ) -> dict[str, float]:  # chair_i, chair_s, recall, attribute_error, relation_error, facts, length
@@ -390,8 +393,7 @@ def summarise(
     def total(name): return sum(len(getattr(v, name)) for v in verdicts)
     n = max(1, len(verdicts))
     return dict(chair_i=_share(total("false_objects"), total("true_objects")),
-                chair_s=sum(bool(v.false_objects) for v in verdicts) / n,
-                recall=sum(v.recall for v in verdicts) / n,
+                chair_s=sum(bool(v.false_objects) for v in verdicts) / n, recall=sum(v.recall for v in verdicts) / n,
                 attribute_error=_share(total("false_attributes"), total("true_attributes")),
                 relation_error=_share(total("false_relations"), total("true_relations")),
                 facts=sum(v.facts for v in verdicts) / n, length=sum(v.length for v in verdicts) / n)
