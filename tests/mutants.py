@@ -227,7 +227,7 @@ MUTANTS = [
         ("by the count of this process", 'accelerator.reduce(count, "sum")', "count"),
         ("all take the first one's share", "items[accelerator.process_index::", "items[0 * accelerator.process_index::")),
     *of("sft.fit", HAND + "test_fit",
-        ("gradients pile up", "; optimizer.zero_grad()", ""),
+        ("gradients pile up", "\n        optimizer.zero_grad()", ""),
         ("no clipping", "cfg.clip)", "1e9)"),
         ("constant learning rate", " * warmup_cosine(step, cfg.steps, cfg.warmup)", "")),
     *of("sft.warmup_cosine", MATHS + "warmup",
