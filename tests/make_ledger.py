@@ -1,19 +1,41 @@
-"""Write tests/ledger.json from a run's report.json: the numbers that README.md may quote.  python tests/make_ledger.py runs/tiny-seed-0/report.json"""
+"""Write tests/ledger.json and README.md's tables from a run's report.json.  python tests/make_ledger.py runs/tiny-seed-0/report.json"""
 import json
+import re
 import sys
 from pathlib import Path
 
-ROWS = ("sft", "sft_blank", "best_of_n", "ppo_rm", "ppo", "gold")
-COLUMNS = ("chair_i", "recall", "attribute_error", "relation_error", "facts", "length", "true_score", "kl")
+REPO = Path(__file__).parent.parent
+ROWS = {"sft": "SFT", "sft_greedy": "SFT, temperature 0", "sft_blank": "SFT, picture blanked", "best_of_n": "best of 8, by the reward model",
+        "ppo_rm": "PPO on the reward model", "ppo": "**PPO on reward model + penalty**", "ppo_greedy": "the same, temperature 0",
+        "gold": "PPO on the exact score (upper bound)"}
+COLUMNS = {"chair_i": "false mentions (CHAIR_i)", "recall": "recall of true things", "attribute_error": "wrong attributes",
+           "relation_error": "wrong relations", "facts": "true facts per answer", "length": "words", "true_score": "true score (0–10)",
+           "kl": "KL (nats)"}
+REWARD_MODEL = {"pair_accuracy": "agrees with the annotators", "pair_accuracy_gold": "agrees with the truth",
+                "image_ablated": "… with the picture blanked", "text_ablated": "… with the question removed",
+                "kappa": "annotators among themselves (Fleiss' kappa)"}
+
+
+def shown(value: float) -> str: return f"{value:.3f}" if value < 1 else f"{value:.1f}"
 
 
 def ledger(report: dict) -> dict[str, str]:
     "Name → the number as it is printed."
-    cells = {f"{row}.{col}": f"{report[row][col]:.3f}" if report[row][col] < 1 else f"{report[row][col]:.1f}" for row in ROWS for col in COLUMNS}
-    rm = {f"reward_model.{k}": f"{v:.3f}" for k, v in report["reward_model"].items()}
-    return cells | rm
+    cells = {f"{row}.{col}": shown(report[row][col]) for row in ROWS for col in COLUMNS}
+    return cells | {f"reward_model.{k}": f"{report['reward_model'][k]:.3f}" for k in REWARD_MODEL}
+
+
+def tables(numbers: dict[str, str]) -> str:
+    "The README's tables."
+    lines = ["| 300 held-out pictures | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(numbers[f"{row}.{col}"] for col in COLUMNS) + " |" for row, name in ROWS.items()]
+    lines += ["", "| reward model | on held-out pairs |", "|---|---|"]
+    return "\n".join(lines + [f"| {name} | {numbers[f'reward_model.{key}']} |" for key, name in REWARD_MODEL.items()])
 
 
 if __name__ == "__main__":
-    report = json.loads(Path(sys.argv[1]).read_text())
-    Path(__file__).with_name("ledger.json").write_text(json.dumps(ledger(report), indent=1) + "\n")
+    numbers = ledger(json.loads(Path(sys.argv[1]).read_text("utf-8")))
+    (REPO / "tests" / "ledger.json").write_text(json.dumps(numbers, indent=1) + "\n", "utf-8")
+    readme = REPO / "README.md"
+    text = re.sub(r"<!-- table -->.*?<!-- /table -->", lambda m: f"<!-- table -->\n{tables(numbers)}\n<!-- /table -->", readme.read_text("utf-8"), flags=re.S)
+    readme.write_text(text, "utf-8")

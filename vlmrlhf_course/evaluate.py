@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARMS', 'NAMES', 'COLUMNS', 'STYLE', 'bootstrap_interval', 'EvaluateConfig', 'detail_prompts', 'figures', 'speak',
            'speak_greedily', 'best_of_n', 'false_words', 'mark_html', 'before_after_figure', 'png',
-           'over_optimisation_figure', 'training_figure', 'evaluate_run', 'text_table', 'most_false', 'scene_uri',
+           'over_optimisation_figure', 'training_figure', 'evaluate_run', 'text_table', 'first_false', 'scene_uri',
            'report_html', 'evaluate_stage']
 
 # %% ../nbs/11_evaluate.ipynb #imports
@@ -237,9 +237,9 @@ def text_table(result: dict) -> str:
     return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))) for r in rows)
 
 
-def most_false(said: list[str], scenes: list[Scene], n: int) -> list[int]:
-    "Pictures about which a model said the most that is false: every fourth of the worst, so that not all are extreme."
-    return sorted(range(len(scenes)), key=lambda i: -len(judge(said[i], scenes[i]).false_objects))[:n * 4:4]
+def first_false(said: list[str], scenes: list[Scene], n: int) -> list[int]:
+    "The first pictures about which a model names two false things or more. (Its worst ones would be the hard ones: hard for every model.)"
+    return [i for i, (text, scene) in enumerate(zip(said, scenes)) if len(judge(text, scene).false_objects) > 1][:n]
 
 # %% ../nbs/11_evaluate.ipynb #html
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}table{border-collapse:collapse;font-size:13px}
@@ -260,7 +260,7 @@ def report_html(result: dict, said: dict[str, list[str]], scenes: list[Scene], p
     body = "".join(f"<tr><th>{NAMES[k]}</th>{''.join(f'<td>{_cell(result[k], c)}</td>' for c in COLUMNS)}</tr>" for k in NAMES if k in result)
     cards = "".join(f"<div class=card><img src='{scene_uri(scenes[i])}'><div>" + "".join(
         f"<p><b>{NAMES[k]}</b> {mark_html(said[k][i], scenes[i])}</p>" for k in ("sft", "ppo")) + "</div></div>"
-        for i in most_false(said["sft"], scenes, samples))
+        for i in first_false(said["sft"], scenes, samples))
     images = "".join(f"<h2>{html.escape(k)}</h2><img src='{png(f)}'>" for k, f in plots.items())
     rm = " · ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in result["reward_model"].items())
     asked = " · ".join(f"{NAMES[k]}: accuracy {v['accuracy']:.3f}, yes-rate {v['yes_rate']:.3f}" for k, v in result["pope"].items())
@@ -278,8 +278,8 @@ def evaluate_stage(run: Run) -> dict:
     for arm in arms: ppo_stage(run, arm)
     result, said, scenes = evaluate_run(run, cfg)
     curves = {arm: read_jsonl(run.path(arm) / "metrics.jsonl", ("step", "kl", "reward", "true_score")) for arm in arms}
-    worst = most_false(said["sft"], scenes, 3)
-    three = before_after_figure([scenes[i] for i in worst], {f"{NAMES[k]}:": [said[k][i] for i in worst] for k in ("sft", "ppo")})
+    shown = first_false(said["sft"], scenes, 3)
+    three = before_after_figure([scenes[i] for i in shown], {f"{NAMES[k]}:": [said[k][i] for i in shown] for k in ("sft", "ppo")})
     three.savefig(run.folder / "before_after.png", dpi=100, bbox_inches="tight")
     plots = {"Over-optimisation": over_optimisation_figure(curves["hacked"]), "Training": training_figure({a: curves[a] for a in ARMS})}
     ends = {k: [r[k] for r in curves["hacked"]] for k in ("kl", "reward", "true_score")}
