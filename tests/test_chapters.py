@@ -11,7 +11,7 @@ from conftest import REPO
 
 NOTEBOOKS = sorted((REPO / "nbs").glob("*.ipynb"))
 MODULES = sorted(p for p in (REPO / "vlmrlhf_course").glob("*.py") if not p.name.startswith("_"))
-CHAPTERS = "world vlm sft preferences reward hallucination advantages kl rollout ppo evaluate".split()
+CHAPTERS = "world vlm sft preferences reward hallucination advantages kl rollout ppo evaluate dpo".split()
 
 
 def cells(path, kind=None): return [c for c in json.loads(path.read_text("utf-8"))["cells"] if kind in (None, c["cell_type"])]

@@ -1,0 +1,130 @@
+"""Where the time of a PPO iteration goes, and how near its update comes to the machine's rate of matrix products:
+`python -m benchmarks.breakdown`."""
+import argparse
+from dataclasses import replace
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.common import Clock, Library, build, fresh_prompts, matmul_rate, medians, number, save, table, update_flops
+from vlmrlhf_course.ppo import PPOConfig, answer_scores, make_experience
+from vlmrlhf_course.rollout import Rollout, length_groups, padding_share
+from vlmrlhf_course.vlm import VLMConfig, token_logprobs
+
+
+# --- an iteration, part by part -----------------------------------------------------------------------------------------------
+
+def parts(cfg: PPOConfig, rounds: int, sizes: VLMConfig | None = None) -> dict[str, float]:
+    "Seconds of each part, median over rounds on new pictures; the first round is not counted."
+    policy, rm = build(cfg, sizes)
+    lib, found = Library(policy, rm, cfg), []
+    for step, prompts in enumerate(fresh_prompts(cfg, cfg.answers, rounds + 1)):
+        lib.clock.take()
+        roll, _, _ = lib.iteration(prompts, step)
+        spans, clock = lib.clock.take(), Clock()
+        with torch.no_grad(): states = rm.states(roll.batch)
+        with clock("judge"), torch.no_grad(): answer_scores(rm, roll, cfg, states=states)
+        found.append(spans | clock.take())
+    t = medians(found[1:])
+    named = {"encoding pictures (drawing included)": t["encode"], "sampling": t["sample"], "scoring: reference, reward model, values, advantages": t["score"] - t["judge"],
+             "judging texts (true score, penalty)": t["judge"], "update: forward and backward": t["backward"], "update: clipping and optimiser": t["step"]}
+    return named | {"rest": t["all"] - sum(named.values()), "all": t["all"]}
+
+
+# --- the update against matrix products ------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def given_answers(lib: Library, prompts) -> Rollout:
+    "A rollout whose answers are the careful ones: the same tokens whatever the model's size and weights."
+    vlm = lib.policy.vlm
+    b = vlm.batch(prompts, [p.answer for p in prompts])
+    logprobs = token_logprobs(vlm.rule_out(vlm.answer_logits(b, "actor")), b.answers) * b.answer_mask
+    return Rollout(prompts, b, logprobs, torch.ones(len(b), dtype=torch.bool, device=vlm.device), lib.cfg.temperature)
+
+
+def epoch_of(cfg: PPOConfig, sizes: VLMConfig | None):
+    "An iteration just before its first update: library, experience, minibatches of like length."
+    policy, rm = build(cfg, sizes)
+    lib = Library(policy, rm, cfg)
+    roll = given_answers(lib, fresh_prompts(cfg, cfg.answers, 1)[0])
+    exp, _ = make_experience(policy, rm, roll, cfg, cfg.beta)
+    return lib, exp, length_groups(roll.batch.lengths, cfg.minibatch)
+
+
+def update_rate(cfg: PPOConfig, sizes: VLMConfig | None, repeats: int) -> dict:
+    "FLOP/s of an epoch of updates, beside large matrix products timed in between. Medians of `repeats`."
+    lib, exp, groups = epoch_of(cfg, sizes)
+    flops = sum(update_flops(lib.policy, exp.batch.rows(g), cfg.critic) for g in groups)
+    found = []
+    for _ in range(repeats + 1):
+        lib.clock.take()
+        for g in groups: lib.update(exp, g)
+        t = lib.clock.take()
+        rate = flops / (t["backward"] + t["step"])
+        peak = matmul_rate(device=lib.policy.vlm.device)
+        found.append(dict(ms=1000 * (t["backward"] + t["step"]) / cfg.answers, gflop_per_s=rate / 1e9, matmul_gflop_per_s=peak / 1e9, ratio=rate / peak))
+    padding = padding_share(exp.batch.attention_mask.sum(1), groups)
+    return dict(width=lib.policy.vlm.width, minibatch=cfg.minibatch, mflop=flops / cfg.answers / 1e6, padding=padding, **medians(found[1:]))
+
+
+REST = "the rest: dispatch, autograd, Python"
+OPS = {"matrix products": ("mm", "addmm", "bmm", "baddbmm"), "attention": ("scaled_dot_product",),
+       "optimiser": ("fused_adam", "foreach", "Optimizer", "linalg_vector_norm"),
+       "copies and memory": ("copy", "cat", "clone", "fill", "zero", "empty", "slice", "contiguous", "stack", "index", "masked", "scatter", "gather"),
+       "element-wise, norms, softmax": ("mul", "add", "sub", "div", "neg", "silu", "mean", "sum", "pow", "rsqrt", "exp", "log", "softmax", "sigmoid",
+                                        "tanh", "clamp", "maximum", "where", "native_layer_norm", "cos", "sin")}
+
+
+def op_shares(cfg: PPOConfig, sizes: VLMConfig | None = None) -> dict[str, float]:
+    "Share of an epoch's time that each kind of operation takes, by torch's profiler."
+    lib, exp, groups = epoch_of(cfg, sizes)
+    lib.update(exp, groups[0])
+    with profile(activities=[ProfilerActivity.CPU]) as prof:
+        for g in groups: lib.update(exp, g)
+    out = dict.fromkeys([*OPS, REST], 0.)
+    for event in prof.key_averages(): out[kind_of(event.key)] += event.self_cpu_time_total
+    total = sum(out.values())
+    return {k: v / total for k, v in out.items()}
+
+
+def kind_of(op: str) -> str:
+    "Which kind an operation of the profiler belongs to."
+    name = op.removeprefix("aten::").lstrip("_")
+    if name in OPS["matrix products"]: return "matrix products"
+    kinds = [kind for kind, starts in OPS.items() if kind != "matrix products" and name.startswith(starts)]
+    return kinds[0] if kinds and op.startswith(("aten::", "Optimizer")) else REST
+
+
+# --- tables --------------------------------------------------------------------------------------------------------------------------
+
+def rows(result: dict) -> str:
+    "The tables of README.md."
+    all_, n = result["parts"]["all"], result["answers"]
+    first = table(["part of an iteration", "ms per answer", "share"], [[k, number(1000 * v / n), f"{v / all_:.0%}"] for k, v in result["parts"].items()])
+    def line(r):
+        figures = [number(r[k]) for k in ("mflop", "ms", "gflop_per_s", "matmul_gflop_per_s")]
+        return [r["width"], r["minibatch"], f"{r['padding']:.0%}", *figures, f"{r['ratio']:.0%}"]
+    head = ["width", "minibatch", "padding", "MFLOP an answer", "ms an answer", "GFLOP/s", "large products, GFLOP/s", "ratio"]
+    second = table(head, [line(r) for r in result["by_minibatch"] + result["by_width"]])
+    third = table(["kind of operation in an update", "share of its time"], [[k, f"{v:.0%}"] for k, v in result["ops"].items()])
+    return "\n\n".join([first, second, third])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--answers", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256])
+    parser.add_argument("--widths", type=int, nargs="+", default=[48, 192, 384, 768])
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    cfg = PPOConfig(answers=args.answers, minibatch=min(64, args.answers), actor_lr=1e-9, critic_lr=1e-9)
+    def at(n): return replace(cfg, answers=max(n, cfg.answers), minibatch=n, micro_batch=n)
+    by_minibatch = [update_rate(at(n), None, args.rounds) for n in args.batches]
+    by_width = [update_rate(at(cfg.minibatch), VLMConfig(width=w), max(2, args.rounds // 2)) for w in args.widths]
+    result = save("breakdown", dict(answers=cfg.answers, rounds=args.rounds, parts=parts(cfg, args.rounds), by_minibatch=by_minibatch, by_width=by_width,
+                                    ops=op_shares(at(cfg.minibatch))))
+    print(rows(result))
+
+
+if __name__ == "__main__": main()

@@ -1,0 +1,84 @@
+"""Cost against the number of prompts and the length of answers, and memory over many iterations: `python -m benchmarks.scaling`."""
+import argparse
+import random
+import statistics
+
+import torch
+
+from benchmarks.common import Library, build, fresh_prompts, medians, number, rss, save, table
+from vlmrlhf_course.ppo import PPOConfig
+from vlmrlhf_course.rollout import plan_prompts
+from vlmrlhf_course.vlm import VLM, VLMConfig
+
+
+class Endless(VLM):
+    "Never says EOS: every answer has the length that is asked for."
+    @property
+    def banned_ids(self): return sorted({*super().banned_ids, self.eos_id})
+
+
+def cost(cfg: PPOConfig, rounds: int, sizes: VLMConfig | None = None) -> dict[str, float]:
+    "Seconds of one iteration on new pictures, median over rounds; the first is not counted."
+    policy, rm = build(cfg, sizes)
+    policy.vlm.__class__ = Endless
+    lib, found = Library(policy, rm, cfg), []
+    for step, prompts in enumerate(fresh_prompts(cfg, cfg.answers, rounds + 1)):
+        lib.clock.take()
+        lib.iteration(prompts, step)
+        found.append(lib.clock.take())
+    return medians(found[1:])
+
+
+def exponent(xs, ys) -> float:
+    "The power of x that y grows with: the slope of log y over log x. 1: linear."
+    return statistics.linear_regression([torch.tensor(float(x)).log().item() for x in xs], [torch.tensor(float(y)).log().item() for y in ys]).slope
+
+
+def memory(cfg: PPOConfig, iterations: int, sizes: VLMConfig | None = None) -> list[float]:
+    "Resident memory in MiB after each iteration of a run that draws from a pool, as `train_ppo` does."
+    policy, rm = build(cfg, sizes)
+    lib, pool, found = Library(policy, rm, cfg), fresh_prompts(cfg, cfg.pool, 1)[0], []
+    for step in range(iterations):
+        lib.iteration(plan_prompts(pool, cfg.answers, random.Random(step)), step)
+        found.append(rss() / 2 ** 20)
+    return found
+
+
+def drift(memory: list[float]) -> dict[str, float]:
+    "Does memory grow? Slope over the second half, when all pictures of the pool were seen, and the growth it makes in 1000 iterations."
+    half = memory[len(memory) // 2:]
+    fit = statistics.linear_regression(range(len(half)), half)
+    return dict(iterations=len(memory), start=memory[0], half=half[0], end=memory[-1], highest=max(memory), kib_per_iteration=1024 * fit.slope)
+
+
+def rows(result: dict) -> str:
+    "The tables of README.md."
+    first = table(["prompts", "s per iteration", "ms per answer"], [[r["prompts"], number(r["all"]), number(1000 * r["all"] / r["prompts"])] for r in result["by_prompts"]])
+    second = table(["answer length", "s per iteration", "µs per answer token", "sampling", "scoring", "update"],
+                   [[r["length"], number(r["all"]), *(number(1e6 * x / r["length"] / result["answers"]) for x in (r["all"], r["sample"], r["score"], r["backward"] + r["step"]))] for r in result["by_length"]])
+    m = result["memory"]
+    third = table(["resident memory, MiB", f"after 1 of {m['iterations']} iterations", "half-way", "at the end", "highest", "slope of the second half, KiB an iteration"],
+                  [["", *(f"{m[k]:.0f}" for k in ("start", "half", "end", "highest")), f"{m['kib_per_iteration']:.1f}"]])
+    powers = f"Cost grows with the power {result['prompts_exponent']:.2f} of the number of prompts and {result['length_exponent']:.2f} of the answers' length."
+    return "\n\n".join([first, second, powers, third])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, nargs="+", default=[32, 64, 128, 256, 512])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8, 16, 32, 64, 128])
+    parser.add_argument("--answers", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=200)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    def config(n, length): return PPOConfig(answers=n, minibatch=min(32, n), max_new_tokens=length, actor_lr=1e-9, critic_lr=1e-9)
+    by_prompts = [dict(prompts=n, **cost(config(n, 24), args.rounds)) for n in args.prompts]
+    by_length = [dict(length=a, **cost(config(args.answers, a), args.rounds)) for a in args.lengths]
+    cfg = PPOConfig(answers=16, minibatch=8, pool=160, actor_lr=1e-9, critic_lr=1e-9)
+    result = dict(answers=args.answers, by_prompts=by_prompts, by_length=by_length, memory=drift(memory(cfg, args.iterations)),
+                  prompts_exponent=exponent(args.prompts, [r["all"] for r in by_prompts]), length_exponent=exponent(args.lengths, [r["all"] for r in by_length]))
+    print(rows(save("scaling", result)))
+
+
+if __name__ == "__main__": main()
