@@ -238,8 +238,8 @@ def text_table(result: dict) -> str:
 
 
 def first_false(said: list[str], scenes: list[Scene], n: int) -> list[int]:
-    "The first pictures about which a model names two false things or more. (Its worst ones would be the hard ones: hard for every model.)"
-    return [i for i, (text, scene) in enumerate(zip(said, scenes)) if len(judge(text, scene).false_objects) > 1][:n]
+    "The first pictures about which a model names something false. (Its worst ones would be the hard ones: hard for every model.)"
+    return [i for i, (text, scene) in enumerate(zip(said, scenes)) if judge(text, scene).false_objects][:n]
 
 # %% ../nbs/11_evaluate.ipynb #html
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}table{border-collapse:collapse;font-size:13px}
