@@ -1,5 +1,6 @@
 "The model: files, padding, pictures, roles, values, sampling, gradients. Small models with random weights, in float64."
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from vlmrlhf_course.ppo import ActorCritic, PPOConfig, PPOState, PPOTask, make_e
 from vlmrlhf_course.preferences import sample_prompts
 from vlmrlhf_course.reward import (EarlyStopping, RewardConfig, RewardModel, RewardTask, early_stop, group_pairs, pair_accuracy, score_texts,
                                    train_reward)
-from vlmrlhf_course.rollout import sample, texts, with_answers
+from vlmrlhf_course.rollout import merged, sample, texts, with_answers
 from vlmrlhf_course.runs import make_accelerator, read_jsonl
 from vlmrlhf_course.sft import FitConfig, SFTTask, backward_through, grad_norms, pretrained_vlm, unfreeze_tower
 from vlmrlhf_course.vlm import (VLM, Batch, LoRAConfig, answer, build_model, build_processor, load_vlm, pad_sides, save_vlm, token_logprobs)
@@ -82,7 +83,7 @@ def spread_out(b, left=0, middle=0, right=0, pad=0):
     def lay(x, y):
         p, a = x[:, :b.prompt_length], x[:, b.prompt_length:]
         return torch.cat([grow(x[:, :0], y, left), grow(p, y, middle), grow(a, y, right)], 1)
-    return Batch(lay(b.input_ids, pad), lay(b.attention_mask, 0), grow(b.answer_mask, False, right), b.features, b.prompt_length + left + middle, b.has_image)
+    return Batch(lay(b.input_ids, pad), lay(b.attention_mask, 0), grow(b.answer_mask, False, right), b.pictures, b.prompt_length + left + middle)
 
 
 @pytest.mark.parametrize("left, right", [(3, 0), (0, 4), (5, 2)])
@@ -99,11 +100,11 @@ def test_logprobs_do_not_depend_on_the_side_of_padding(vlm, full):
     for i in range(len(full)):
         real = full.attention_mask[i].bool()
         ids, n, A = full.input_ids[i:i + 1, real], int(real.sum()), int(full.lengths[i])
-        features = full.features[full.picture_of[i]].unsqueeze(0) if full.has_image[i] else None
+        own = full.pictures.rows(torch.tensor([i]))
         for left, right in ((0, 0), (6, 0), (0, 6)):
             z = torch.zeros(1, 1, dtype=torch.long)
             b = Batch(torch.cat([z.expand(1, left), ids, z.expand(1, right)], 1), torch.cat([z.expand(1, left), torch.ones_like(ids), z.expand(1, right)], 1),
-                      torch.ones(1, A + right).bool(), features, left + n - A, full.has_image[i:i + 1])
+                      torch.ones(1, A + right).bool(), own, left + n - A)
             close(token_logprobs(vlm.answer_logits(b), b.answers)[0, :A], want[i, :A])
 
 
@@ -180,6 +181,68 @@ def test_the_cache_is_not_used_while_the_tower_learns(vlm, prompts):
     grow()
     vlm.tower.requires_grad_(False)
     assert not torch.allclose(vlm.features(refs), learning), "features of an older tower were kept"
+
+
+def test_gradients_reach_a_tower_that_trains(vlm, prompts):
+    "SFT on a thawed tower: gradients as from pixels, nothing kept between calls, and a batch from before is refused."
+    seen = [p for p in prompts if p.image]
+    said = [p.answer for p in seen]
+    old = vlm.batch(seen, said)
+    vlm.tower.requires_grad_(True)
+    with pytest.raises(ValueError, match="tower trains"): vlm.answer_logits(old)
+    with torch.no_grad(): logprobs(vlm, old)                     # without gradients an older batch may be read
+    for _ in range(2):                                           # each batch has a graph of its own
+        b = vlm.batch(seen, said)
+        logprobs(vlm, b).sum().backward()
+    assert vlm.tower_trains and not vlm._features
+    got = [p.grad / 2 for p in vlm.tower.parameters() if p.grad is not None]
+    vlm.tower.zero_grad()
+    pixels = vlm.processor.image_processor([open_image(p.image) for p in seen], return_tensors="pt").pixel_values.double()
+    whole = vlm.model(input_ids=b.input_ids, attention_mask=b.attention_mask, position_ids=b.position_ids, pixel_values=pixels).logits
+    (token_logprobs(whole[:, b.prompt_length - 1:-1], b.answers) * b.answer_mask).sum().backward()
+    want = [p.grad for p in vlm.tower.parameters() if p.grad is not None]
+    assert len(got) == len(want) > 4 and any(g.abs().max() > 1e-6 for g in want)
+    for a, c in zip(got, want): close(a, c)
+    vlm.tower.requires_grad_(False)
+    vlm.batch(seen), vlm.batch(seen)
+    assert len(vlm._features) == len(seen) and not any(f.requires_grad for f, _ in vlm._features.values()), "frozen again, it keeps features again"
+
+
+def test_the_last_layer_alone_can_train(vlm, prompts):
+    "Staged unfreezing: gradients reach the thawed layer and stop there."
+    last = vlm.tower.encoder.layers[-1]
+    last.requires_grad_(True)
+    b = vlm.batch(prompts, [p.answer for p in prompts])
+    logprobs(vlm, b).sum().backward()
+    assert all(p.grad is not None for p in last.parameters())
+    assert {id(p) for p in vlm.model.parameters() if p.grad is not None} == {id(p) for p in last.parameters()}
+
+
+def two_pictures(prompts):
+    "Rows with two pictures, none, one, and two of which one is known from another row."
+    a, b, c = [p.image for p in prompts if p.image][:3]
+    return [Prompt("x", "describe the picture .", "a cat .", (a, b)), prompts[2], replace(prompts[0], image=(c,)), Prompt("x", "is there a cat ?", "no .", (b, c))]
+
+
+def test_several_pictures_a_prompt(vlm, prompts):
+    asked = two_pictures(prompts)
+    b = vlm.batch(asked, [p.answer for p in asked])
+    assert b.pictures.counts.tolist() == [2, 0, 1, 2] and b.has_image.tolist() == [True, False, True, True] and len(b.features) == 5
+    want = logprobs(vlm, b)
+    refs = [r for p in asked for r in (p.image or ())]
+    pixels = vlm.processor.image_processor([open_image(r) for r in refs], return_tensors="pt").pixel_values.double()
+    whole = vlm.model(input_ids=b.input_ids, attention_mask=b.attention_mask, position_ids=b.position_ids, pixel_values=pixels).logits
+    close((token_logprobs(whole[:, b.prompt_length - 1:-1], b.answers) * b.answer_mask), want)
+    for order in ([3, 0], [1], [2, 1, 0, 3], [0, 0]):
+        part = b.rows(torch.tensor(order))
+        close(logprobs(vlm, part), want[order][:, :part.answers.shape[1]])
+    swapped = vlm.batch([replace(asked[0], image=asked[0].image[::-1])], [asked[0].answer])
+    assert not torch.allclose(logprobs(vlm, swapped), want[:1, :swapped.answers.shape[1]]), "the order of pictures must matter"
+    blank = vlm.batch(asked, [p.answer for p in asked], images=["blank"] * 4)
+    assert ((logprobs(vlm, blank) - want).abs().amax(1) > 1e-6).tolist() == [True, False, True, True] and torch.equal(blank.input_ids, b.input_ids)
+    roll = sample(vlm, asked, max_new_tokens=6, seed=1)
+    m = roll.batch.answer_mask
+    close(token_logprobs(vlm.rule_out(vlm.answer_logits(roll.batch)), roll.batch.answers)[m], roll.logprobs[m])
 
 
 def test_a_lost_placeholder_is_an_error(vlm, full):
@@ -395,7 +458,7 @@ def test_there_is_a_value_for_each_token_and_it_does_not_see_the_future(policy, 
     want = values(policy, token_rm, full)
     assert want.shape == (len(full), full.answers.shape[1] + 1)
     for t in (0, 1, 3):
-        b = Batch(full.input_ids.clone(), full.attention_mask, full.answer_mask, full.features, full.prompt_length, full.has_image)
+        b = replace(full, input_ids=full.input_ids.clone())
         b.input_ids[:, b.prompt_length + t] = vlm.tokenizer.convert_tokens_to_ids("moon")
         got, real = values(policy, token_rm, b), full.lengths > t
         close(got[:, :t + 1], want[:, :t + 1])                        # V(s_t) is known before token t is chosen
@@ -408,6 +471,15 @@ def test_values_see_the_picture_and_not_the_company(policy, token_rm, vlm, promp
     assert ((values(policy, token_rm, blank) - want).abs().amax(1) > 1e-9).tolist() == [p.image is not None for p in prompts]
     for i in range(len(prompts)):
         row = values(policy, token_rm, full.rows(torch.tensor([i])))
+        close(row[0], want[i, :row.shape[1]])
+
+
+def test_values_with_several_pictures(policy, token_rm, vlm, prompts):
+    asked = two_pictures(prompts)
+    b = vlm.batch(asked, [p.answer for p in asked])
+    want = values(policy, token_rm, b)
+    for i in range(len(asked)):
+        row = values(policy, token_rm, b.rows(torch.tensor([i])))
         close(row[0], want[i, :row.shape[1]])
 
 
@@ -481,6 +553,43 @@ def test_sampled_tokens_follow_the_distribution(vlm, prompts, temperature):
     assert dof > 5 and chi < dof + 5 * (2 * dof) ** .5
 
 
+def test_dropping_finished_rows_changes_no_answer(vlm, prompts):
+    "Never dropped, dropped at once, dropped in bunches: the same greedy answers and log-probabilities, fewer rows computed."
+    torch.manual_seed(1)
+    vlm.add_role("actor", SMALL_LORA)
+    shake(vlm, "actor")
+    push(vlm, [vlm.eos_id], .5)
+    seen = []
+    vlm.language.register_forward_pre_hook(lambda m, args, kwargs: seen.append(len(kwargs["inputs_embeds"])), with_kwargs=True)
+    rolls, rows = [], []
+    for drop in (2., 0., 1 / 8):
+        seen.clear()
+        rolls.append(sample(vlm, prompts * 2, "actor", temperature=1e-4, max_new_tokens=12, drop=drop))
+        rows.append(sum(seen))
+    assert len({*rolls[0].batch.lengths.tolist()}) > 2, "rows must end at different times"
+    for r in rolls[1:]:
+        assert torch.equal(r.batch.input_ids, rolls[0].batch.input_ids) and torch.equal(r.ended, rolls[0].ended)
+        close(r.logprobs, rolls[0].logprobs)
+    assert rows[1] <= rows[2] < rows[0]
+
+
+def test_merged_weights(vlm, full):
+    "Inside the block the trunk speaks as the role, also after an error every weight is back to the bit."
+    vlm.add_role("actor", SMALL_LORA), vlm.add_role("copy", LoRAConfig(r=0)), vlm.add_role("other", SMALL_LORA)
+    shake(vlm, "actor"), shake(vlm, "other", seed=3)
+    before, want = {k: w.clone() for k, w in vlm.model.state_dict().items()}, vlm.answer_logits(full, "actor").detach()
+    with pytest.raises(ZeroDivisionError):
+        with merged(vlm, "actor") as role:
+            assert role is None and not torch.allclose(want, vlm.answer_logits(full, "other"))
+            close(vlm.answer_logits(full, role).detach(), want)
+            1 / 0
+    assert all(torch.equal(w, before[k]) for k, w in vlm.model.state_dict().items())
+    for other in (None, "copy"):
+        with merged(vlm, other) as role: assert role == other and all(torch.equal(w, before[k]) for k, w in vlm.model.state_dict().items())
+    vlm.model.bfloat16()
+    with merged(vlm, "actor") as role: assert role == "actor", "the sum would be rounded"
+
+
 def test_there_is_no_sampling_at_temperature_zero(vlm, prompts):
     with pytest.raises(ValueError, match="temperature"): sample(vlm, prompts[:1], temperature=0.)
 
@@ -506,7 +615,7 @@ def test_with_answers(vlm, prompts):
     b, said = vlm.batch(prompts), [p.answer for p in prompts]
     whole = vlm.batch(prompts, said)
     again = with_answers(b, whole.answers, whole.answer_mask)
-    for name in ("input_ids", "attention_mask", "answer_mask", "features", "has_image"): assert torch.equal(getattr(again, name), getattr(whole, name))
+    for name in ("input_ids", "attention_mask", "answer_mask", "features", "has_image", "position_ids"): assert torch.equal(getattr(again, name), getattr(whole, name))
 
 
 # --- learning -------------------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ class ActorCritic(nn.Module):
     def values(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
         "(B, A+1); `states` (B, A+1, H) are the reward model's, in the kind `head`."
         if states is None: states = self.vlm.hidden(batch, "critic")[:, batch.prompt_length - 1:]
-        return self.value(states, batch.features, batch.has_image)
+        return self.value(states, batch.features, batch.pictures.row_items)
 
     def train_roles(self):
         "Let actor and critic learn, and nothing else."

@@ -245,14 +245,14 @@ KINDS = ("detail", "brief", "exists", "count", "colour", "relation", "text")
 
 @dataclass(frozen=True)
 class Prompt:
-    "A question, its kind, the careful answer, and the picture it is about (see `open_image`; None: no picture)."
+    "A question, its kind, the careful answer, and the picture or pictures it is about (see `open_image`; None: no picture)."
     kind: str
     text: str
     answer: str
-    image: str | None = None
+    image: str | tuple[str, ...] | None = None
 
     @property
-    def scene(self): return parse_scene(self.image[6:]) if self.image and self.image.startswith("scene:") else None
+    def scene(self): return parse_scene(self.image[6:]) if isinstance(self.image, str) and self.image.startswith("scene:") else None
 
 
 def make_prompt(scene: Scene, kind: str, rng: random.Random) -> Prompt:
