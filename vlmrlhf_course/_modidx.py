@@ -281,6 +281,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'vlmrlhf_course.runs.save_tensors': ('runs.html#save_tensors', 'vlmrlhf_course/runs.py'),
                                      'vlmrlhf_course.runs.seal': ('runs.html#seal', 'vlmrlhf_course/runs.py'),
                                      'vlmrlhf_course.runs.sweep': ('runs.html#sweep', 'vlmrlhf_course/runs.py'),
+                                     'vlmrlhf_course.runs.to_disk': ('runs.html#to_disk', 'vlmrlhf_course/runs.py'),
                                      'vlmrlhf_course.runs.together': ('runs.html#together', 'vlmrlhf_course/runs.py'),
                                      'vlmrlhf_course.runs.unlock': ('runs.html#unlock', 'vlmrlhf_course/runs.py')},
             'vlmrlhf_course.settings': { 'vlmrlhf_course.settings.Settings': ('settings.html#settings', 'vlmrlhf_course/settings.py'),
