@@ -260,12 +260,14 @@ def load_model(cls: type, path: str | Path, **settings):
     return model.eval()
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    "Read weights. Raises UserError where the file is damaged, or holds NaN or infinity."
+def load_tensors(path: Path, into=None) -> dict[str, torch.Tensor]:
+    "Read weights and hand them to `into`. Raises UserError where they are damaged, not finite, or do not fit."
     remedy = f"delete {path.parent.name}/done.json there, and the next run makes it again"
-    with reading(path, remedy): tensors = load_file(path)
-    bad = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
-    if bad: raise UserError(f"{path}: {bad[0]} is not finite; {remedy}")
+    with reading(path, remedy):
+        tensors = load_file(path)
+        bad = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
+        if bad: raise ValueError(f"{bad[0]} is not finite")
+        if into: into(tensors)
     return tensors
 
 # %% ../nbs/90_runs.ipynb #weights-save
