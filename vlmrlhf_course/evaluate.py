@@ -228,8 +228,8 @@ def evaluate_stage(run: Run) -> dict:
     cfg = run.section("evaluate", EvaluateConfig)
     arms = [*ARMS, "hacked"]
     for arm in arms: ppo_stage(run, arm)
-    result, said, scenes = evaluate_run(run, cfg)
     curves = {arm: read_jsonl(run.path(arm) / "metrics.jsonl", ("step", "kl", "reward", "true_score")) for arm in arms}
+    result, said, scenes = evaluate_run(run, cfg)
     worst = sorted(range(len(scenes)), key=lambda i: -len(judge(said["sft"][i], scenes[i]).false_objects))[:9:3]
     three = before_after_figure([scenes[i] for i in worst], {f"{NAMES[k]}:": [said[k][i] for i in worst] for k in ("sft", "ppo")})
     three.savefig(run.folder / "before_after.png", dpi=100, bbox_inches="tight")
