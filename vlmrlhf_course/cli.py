@@ -244,4 +244,4 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 # %% ../nbs/91_cli.ipynb #main-hide
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())   # not in a notebook

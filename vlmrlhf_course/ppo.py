@@ -379,5 +379,5 @@ def ppo_stage(run: Run, arm: str = "ppo") -> VLM:
         state = train_ppo(policy, rm, prompts, validation, cfg, folder, run.seed)
         save_tensors(rm.vlm.role_state("actor"), folder / "actor.safetensors")
         run.finish(arm, uses, emergencies=state.emergencies, best=state.best)
-    rm.vlm.load_role("actor", load_tensors(folder / "actor.safetensors"))
+    load_tensors(folder / "actor.safetensors", lambda weights: rm.vlm.load_role("actor", weights))
     return rm.vlm

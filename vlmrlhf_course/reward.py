@@ -259,7 +259,7 @@ def reward_stage(run: Run, name: str = "reward") -> RewardModel:
                     text_ablated=pair_accuracy(rm, validation, prompt="."))
         save_tensors(rm.state(), folder / "reward.safetensors")
         run.finish(name, uses, **info)
-    rm.load(load_tensors(folder / "reward.safetensors"))
+    load_tensors(folder / "reward.safetensors", rm.load)
     return rm.requires_grad_(False)
 
 # %% ../nbs/05_reward.ipynb #segment

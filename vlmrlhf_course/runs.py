@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['together', 'make_accelerator', 'lost_peer', 'read_record', 'same_settings', 'sweep', 'lock', 'unlock', 'Run',
            'course_run', 'seal', 'damage', 'last_whole', 'Checkpoints', 'StepGuard', 'reading', 'load_model',
-           'load_tensors', 'save_folder', 'save_tensors', 'MetricLog', 'progress']
+           'load_tensors', 'to_disk', 'save_folder', 'save_tensors', 'MetricLog', 'progress']
 
 # %% ../nbs/90_runs.ipynb #imports
 import fcntl
@@ -154,10 +154,8 @@ def _digest(file: Path) -> list:
 
 
 def seal(folder: Path):
-    "Bring every file of `folder` to the disk, then write a manifest of them: what has a manifest is whole."
+    "Write a manifest of the files of `folder`: what fits its manifest is whole."
     every = sorted(f for f in folder.rglob("*") if f.is_file())
-    for file in every:
-        with open(file, "rb") as f: os.fsync(f.fileno())
     write_text(folder / "manifest.json", json.dumps({str(f.relative_to(folder)): _digest(f) for f in every}, indent=1))
 
 
@@ -262,21 +260,30 @@ def load_model(cls: type, path: str | Path, **settings):
     return model.eval()
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    "Read weights. Raises UserError where the file is damaged, or holds NaN or infinity."
+def load_tensors(path: Path, into=None) -> dict[str, torch.Tensor]:
+    "Read weights and hand them to `into`. Raises UserError where they are damaged, not finite, or do not fit."
     remedy = f"delete {path.parent.name}/done.json there, and the next run makes it again"
-    with reading(path, remedy): tensors = load_file(path)
-    bad = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
-    if bad: raise UserError(f"{path}: {bad[0]} is not finite; {remedy}")
+    with reading(path, remedy):
+        tensors = load_file(path)
+        bad = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
+        if bad: raise ValueError(f"{bad[0]} is not finite")
+        if into: into(tensors)
     return tensors
 
 # %% ../nbs/90_runs.ipynb #weights-save
+def to_disk(file: Path):
+    "Wait until a file would survive a power cut."
+    if not file.is_file(): return
+    with open(file, "rb") as f: os.fsync(f.fileno())
+
+
 def save_folder(path: str | Path, *writers):
     "Let `writers`, such as `model.save_pretrained`, fill a folder that appears when it is complete. The main process writes; all wait."
     path = Path(path)
     part = path.with_name(f".part-{path.name}")
     if is_main():
         for write in writers: write(part)
+        for file in part.rglob("*"): to_disk(file)
         shutil.rmtree(path, ignore_errors=True)
         os.replace(part, path)
     together()
@@ -287,6 +294,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path):
     part = path.with_name(f".part-{path.name}")
     if is_main():
         save_file({k: v.contiguous() for k, v in tensors.items()}, part)
+        to_disk(part)
         os.replace(part, path)
     together()
 
