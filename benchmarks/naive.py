@@ -162,30 +162,28 @@ def check(lib: Library, naive: Naive, prompts, atol: float) -> dict[str, float]:
         found.append(naive.score(prompt, naive.inputs(prompt), b.answers[i, b.answer_mask[i]].unsqueeze(0)))
     naive.whiten(found)
     with torch.no_grad(): ref = token_logprobs(vlm.rule_out(vlm.answer_logits(b)), b.answers, cfg.temperature)
-    group = torch.arange(len(prompts))
     ours = dict(old=roll.logprobs, ref=ref, values=exp.values, returns=exp.returns, advantages=exp.advantages)
     pairs = {name: (x[b.answer_mask], torch.cat([e[name][0] for e in found])) for name, x in ours.items()}
     with torch.no_grad(): pairs["score"] = answer_scores(rm, roll, cfg)[0], torch.stack([e["score"] for e in found])
-    loss = backward_through(lib.task, [(exp, int(i)) for i in group], cfg.micro_batch, lib.accelerator, shard=False)[0]
+    loss = backward_through(lib.task, [(exp, i) for i in range(len(prompts))], cfg.micro_batch, lib.accelerator, shard=False)[0]
+    gradient = actor_gradient(vlm, vlm.language)
+    lib.optimizer.zero_grad()
     pairs["loss"] = torch.tensor(loss), torch.tensor(naive.update(found, step=False))
-    pairs["gradient"] = gradients(lib, naive)
+    pairs["gradient"] = gradient, actor_gradient(vlm, naive.language("actor"))
+    naive.optimizer.zero_grad()
     for name, (x, y) in pairs.items(): assert_close(x, y.to(x), atol=atol, rtol=atol, msg=lambda m, name=name: f"{name}: {m}")
-    lib.optimizer.zero_grad(), naive.optimizer.zero_grad()
     return {name: float((x - y).abs().max()) for name, (x, y) in pairs.items()}
 
 
-def gradients(lib: Library, naive: Naive):
-    "The actor's gradient on both sides. A full matrix's G gives the adapter W + s·BA: dA = s·BᵀG, dB = s·GAᵀ."
-    ours, theirs, layers = [], [], dict(naive.language("actor").named_modules())
-    for name, layer in lib.policy.vlm.language.named_modules():
+def actor_gradient(vlm: VLM, language) -> torch.Tensor:
+    "The gradient of the actor's adapter, from a language model with it or from one with full matrices: there dA = s·BᵀG, dB = s·GAᵀ."
+    parts, layers = [], dict(language.named_modules())
+    for name, layer in vlm.language.named_modules():
         if not isinstance(layer, BaseTunerLayer): continue
-        a, b, s = layer.lora_A["actor"].weight, layer.lora_B["actor"].weight, layer.scaling["actor"]
-        ours += [a.grad, b.grad]
-        if naive.shared: continue
-        g = layers[name].weight.grad
-        theirs += [s * b.detach().T @ g, s * g @ a.detach().T]
-    flat = torch.cat([g.flatten() for g in ours])
-    return flat, flat if naive.shared else torch.cat([g.flatten() for g in theirs])
+        a, b, s, other = layer.lora_A["actor"].weight, layer.lora_B["actor"].weight, layer.scaling["actor"], layers[name]
+        if isinstance(other, BaseTunerLayer): parts += [a.grad.flatten(), b.grad.flatten()]
+        else: parts += [(s * b.detach().T @ other.weight.grad).flatten(), (s * other.weight.grad @ a.detach().T).flatten()]
+    return torch.cat(parts)
 
 
 # --- timing -----------------------------------------------------------------------------------------------------------------
