@@ -70,14 +70,14 @@ def fresh_prompts(cfg: PPOConfig, n: int, rounds: int, seed: int = 0) -> list[li
 
 
 class TowerCount:
-    "Counts the pictures that pass a vision tower, and keeps the tower's last output."
-    def __init__(self, *towers):
-        self.images, self.last = 0, None
-        for tower in towers: tower.register_forward_hook(self.seen)
+    "Counts the pictures that pass a model's tower, and keeps what last entered the projector."
+    def __init__(self, vlm: VLM):
+        self.images, self.features = 0, None
+        vlm.tower.register_forward_hook(self.count)
+        vlm.projector.register_forward_pre_hook(self.keep)
 
-    def seen(self, module, args, output):
-        self.images += len(output.last_hidden_state)
-        self.last = output
+    def count(self, module, args, output): self.images += len(output.last_hidden_state)
+    def keep(self, module, args): self.features = args[0]
 
 
 # --- one iteration of the library ---------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class Naive:
         self.vlm, self.rm, self.cfg, self.shared, self.clock = policy.vlm, rm, cfg, shared, Clock(policy.vlm.device)
         self.roles = dict(actor="actor", reference=None, critic="critic" if cfg.critic == "adapter" else "reward", reward="reward")
         self.models = {name: self.vlm.model if shared else full_model(self.vlm, role) for name, role in self.roles.items()}
-        self.towers = {m: TowerCount(VLM(m, self.vlm.processor).tower) for m in self.models.values()}
+        self.towers = {m: TowerCount(VLM(m, self.vlm.processor)) for m in self.models.values()}
         self.value = policy.value if shared else copy.deepcopy(policy.value)
         if not shared:   # towers stay frozen here too: where they are trained there is nothing to cache, and the library does not cache either
             for part in (self.language("actor"), self.models["actor"].get_output_embeddings(), self.language("critic")): part.requires_grad_(True)
@@ -71,12 +71,9 @@ class Naive:
 
     def values(self, inputs, answer):
         "(1, A) from the critic, whose head looks at the tower's output."
-        states, model = self.states("critic", inputs, answer), self.models["critic"]
-        seen, features = torch.tensor(["pixel_values" in inputs], device=states.device), None
-        if seen:
-            features = self.towers[model].last.hidden_states[model.config.vision_feature_layer]
-            if model.config.vision_feature_select_strategy == "default": features = features[:, 1:]
-        return self.value(states[:, inputs["input_ids"].shape[1] - 1:-1], features, seen)
+        states, seen = self.states("critic", inputs, answer), "pixel_values" in inputs
+        features = self.towers[self.models["critic"]].features if seen else None
+        return self.value(states[:, inputs["input_ids"].shape[1] - 1:-1], features, torch.tensor([seen], device=states.device))
 
     @torch.no_grad()
     def answer(self, inputs, seed: int):
@@ -195,7 +192,7 @@ def compare(cfg: PPOConfig, rounds: int, sizes: VLMConfig | None = None, atol: f
     lib, naive = Library(policy, rm, cfg), Naive(policy, rm, cfg)
     first, *sets = fresh_prompts(cfg, cfg.answers, rounds + 2)
     differences = check(lib, naive, first[:16], atol)
-    tower, timings = TowerCount(policy.vlm.tower), dict(library=[], naive=[])
+    tower, timings = TowerCount(policy.vlm), dict(library=[], naive=[])
     for step, prompts in enumerate(sets, 1):
         for name, side in (("library", lib), ("naive", naive)):
             before, cached = naive.encoded, tower.images

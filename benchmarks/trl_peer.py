@@ -114,13 +114,13 @@ def compare_online(kind: str, folder, cfg, group: int, rounds: int, lora: bool, 
     """PPO beside GRPO or RLOO: (their seconds, ours) for each round of `cfg.answers` answers; pictures encoded and tokens an answer,
     theirs and ours. Ours answers the same prompts as often."""
     from benchmarks.common import Endless, Library, TowerCount, build, fresh_prompts
-    from vlmrlhf_course.vlm import load_vlm
+    from vlmrlhf_course.vlm import VLM, load_vlm
     policy, rm = build(cfg, vlm=load_vlm(folder))
     if fixed: policy.vlm.__class__ = Endless
     lib, prompts = Library(policy, rm, cfg), fresh_prompts(cfg, cfg.answers // group, rounds + 1)
     steps, model = cfg.epochs * (cfg.answers // cfg.minibatch), their_model(folder)
     trainer = online_trainer(kind, folder / "out", model, load_vlm(folder).processor, [p for r in prompts for p in r], cfg, group, steps * (rounds + 1), lora, fixed)
-    towers, lengths = [TowerCount(model.model.vision_tower), TowerCount(policy.vlm.tower)], []
+    towers, lengths = [TowerCount(VLM(model, policy.vlm.processor)), TowerCount(policy.vlm)], []
     LENGTHS.clear()
     def ours(step): lengths.extend(lib.iteration([p for p in prompts[step] for _ in range(group)], step)[0].batch.lengths.tolist())
     found, n = in_turn(trainer, steps, ours), cfg.answers * (rounds + 1)
@@ -137,7 +137,7 @@ def compare_dpo(folder, size: int, steps: int, lora: bool):
     from vlmrlhf_course.ppo import PPOConfig
     from vlmrlhf_course.runs import make_accelerator
     from vlmrlhf_course.sft import backward_through, careless
-    from vlmrlhf_course.vlm import load_vlm
+    from vlmrlhf_course.vlm import VLM, load_vlm
     prompts, rng = fresh_prompts(PPOConfig(), size * (steps + 1), 1)[0], random.Random(0)
     pairs = [dict(image=p.image, prompt=p.text, chosen=p.answer, rejected=careless(p, rng).answer) for p in prompts]
     model, vlm = their_model(folder), load_vlm(folder)
@@ -152,7 +152,7 @@ def compare_dpo(folder, size: int, steps: int, lora: bool):
         accelerator.clip_grad_norm_(params, 1.)
         optimizer.step(); optimizer.zero_grad()
 
-    towers = [TowerCount(model.model.vision_tower), TowerCount(vlm.tower)]
+    towers = [TowerCount(VLM(model, vlm.processor)), TowerCount(vlm)]
     found = in_turn(dpo_trainer(folder / "out", model, load_vlm(folder).processor, pairs, size, steps + 1, lora), 1, ours)
     assert len(found) == steps + 1
     return found[1:], [t.images / len(pairs) for t in towers]

@@ -112,7 +112,7 @@ def test_update_rate_and_operations(monkeypatch):
     assert row["gflop_per_s"] == pytest.approx(row["mflop"] / row["ms"])
     assert 1e9 < common.matmul_rate(n=256) < 1e15
     shares = breakdown.op_shares(CFG, SMALL)
-    assert sum(shares.values()) == pytest.approx(1) and shares["matrix products"] > .05
+    assert sum(shares.values()) == pytest.approx(1) and shares["matrix products"] > .01
     kinds = {op: breakdown.kind_of(op) for op in ("aten::mm", "aten::mul", "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::copy_", "Optimizer.step#AdamW.step", "MulBackward0")}
     assert [*kinds.values()] == ["matrix products", "element-wise, norms, softmax", "attention", "copies and memory", "optimiser", breakdown.REST]
 
