@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from vlmrlhf_course.ppo import ActorCritic, PPOConfig, PPOTask, make_experience, seed_of
 from vlmrlhf_course.preferences import sample_prompts
-from vlmrlhf_course.reward import RewardModel
+from vlmrlhf_course.reward import RewardConfig, RewardModel
 from vlmrlhf_course.rollout import length_groups, sample
 from vlmrlhf_course.runs import make_accelerator
 from vlmrlhf_course.sft import backward_through, pretrained_vlm
@@ -30,6 +30,12 @@ logging.disable_progress_bar()
 
 # --- the model --------------------------------------------------------------------------------------------------------
 
+class Endless(VLM):
+    "Never says EOS: every answer has the length that is asked for."
+    @property
+    def banned_ids(self): return sorted({*super().banned_ids, self.eos_id})
+
+
 def build(
     cfg: PPOConfig,
     sizes: VLMConfig | None = None,   # random weights of these sizes; default: the package's pretrained parts
@@ -40,7 +46,7 @@ def build(
     torch.manual_seed(seed)
     if vlm is None: vlm = pretrained_vlm(seed) if sizes is None else VLM(build_model(sizes), build_processor(sizes))
     vlm.model.requires_grad_(False)
-    rm = RewardModel(vlm).requires_grad_(False)
+    rm = RewardModel(vlm, RewardConfig(lora=cfg.lora)).requires_grad_(False)
     policy = ActorCritic(rm, cfg)
     policy.train_roles()
     return policy, rm
@@ -64,14 +70,14 @@ def fresh_prompts(cfg: PPOConfig, n: int, rounds: int, seed: int = 0) -> list[li
 
 
 class TowerCount:
-    "Counts the pictures that pass a vision tower, and keeps the tower's last output."
-    def __init__(self, *towers):
-        self.images, self.last = 0, None
-        for tower in towers: tower.register_forward_hook(self.seen)
+    "Counts the pictures that pass a model's tower, and keeps what last entered the projector."
+    def __init__(self, vlm: VLM):
+        self.images, self.features = 0, None
+        vlm.tower.register_forward_hook(self.count)
+        vlm.projector.register_forward_pre_hook(self.keep)
 
-    def seen(self, module, args, output):
-        self.images += len(output.last_hidden_state)
-        self.last = output
+    def count(self, module, args, output): self.images += len(output.last_hidden_state)
+    def keep(self, module, args): self.features = args[0]
 
 
 # --- one iteration of the library ---------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from benchmarks.common import Library, build, fresh_prompts, matmul_rate, medians, number, save, table, update_flops
 from benchmarks.naive import Naive
 from vlmrlhf_course.ppo import PPOConfig
-from vlmrlhf_course.vlm import CHAT, VLM, build_tokenizer
+from vlmrlhf_course.vlm import VLM, build_processor, build_tokenizer
 
 SHAPES = {   # vision: CLIP ViT; text: Llama
     "7b": dict(vision=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14),
@@ -33,7 +33,7 @@ def llava(shape: str, device, dtype) -> VLM:
     side = sizes["vision"]["image_size"]
     images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     processor = LlavaProcessor(images, tok, patch_size=sizes["vision"]["patch_size"], vision_feature_select_strategy="default",
-                               num_additional_image_tokens=1, chat_template=CHAT)
+                               num_additional_image_tokens=1, chat_template=build_processor().chat_template)
     return VLM(model.eval(), processor)
 
 

@@ -36,7 +36,7 @@ class Naive:
         self.vlm, self.rm, self.cfg, self.shared, self.clock = policy.vlm, rm, cfg, shared, Clock(policy.vlm.device)
         self.roles = dict(actor="actor", reference=None, critic="critic" if cfg.critic == "adapter" else "reward", reward="reward")
         self.models = {name: self.vlm.model if shared else full_model(self.vlm, role) for name, role in self.roles.items()}
-        self.towers = {m: TowerCount(VLM(m, self.vlm.processor).tower) for m in self.models.values()}
+        self.towers = {m: TowerCount(VLM(m, self.vlm.processor)) for m in self.models.values()}
         self.value = policy.value if shared else copy.deepcopy(policy.value)
         if not shared:   # towers stay frozen here too: where they are trained there is nothing to cache, and the library does not cache either
             for part in (self.language("actor"), self.models["actor"].get_output_embeddings(), self.language("critic")): part.requires_grad_(True)
@@ -71,12 +71,9 @@ class Naive:
 
     def values(self, inputs, answer):
         "(1, A) from the critic, whose head looks at the tower's output."
-        states, model = self.states("critic", inputs, answer), self.models["critic"]
-        seen, features = torch.tensor(["pixel_values" in inputs], device=states.device), None
-        if seen:
-            features = self.towers[model].last.hidden_states[model.config.vision_feature_layer]
-            if model.config.vision_feature_select_strategy == "default": features = features[:, 1:]
-        return self.value(states[:, inputs["input_ids"].shape[1] - 1:-1], features, seen)
+        states, seen = self.states("critic", inputs, answer), "pixel_values" in inputs
+        features = self.towers[self.models["critic"]].features if seen else None
+        return self.value(states[:, inputs["input_ids"].shape[1] - 1:-1], features, torch.tensor([seen], device=states.device))
 
     @torch.no_grad()
     def answer(self, inputs, seed: int):
@@ -162,30 +159,28 @@ def check(lib: Library, naive: Naive, prompts, atol: float) -> dict[str, float]:
         found.append(naive.score(prompt, naive.inputs(prompt), b.answers[i, b.answer_mask[i]].unsqueeze(0)))
     naive.whiten(found)
     with torch.no_grad(): ref = token_logprobs(vlm.rule_out(vlm.answer_logits(b)), b.answers, cfg.temperature)
-    group = torch.arange(len(prompts))
     ours = dict(old=roll.logprobs, ref=ref, values=exp.values, returns=exp.returns, advantages=exp.advantages)
     pairs = {name: (x[b.answer_mask], torch.cat([e[name][0] for e in found])) for name, x in ours.items()}
     with torch.no_grad(): pairs["score"] = answer_scores(rm, roll, cfg)[0], torch.stack([e["score"] for e in found])
-    loss = backward_through(lib.task, [(exp, int(i)) for i in group], cfg.micro_batch, lib.accelerator, shard=False)[0]
+    loss = backward_through(lib.task, [(exp, i) for i in range(len(prompts))], cfg.micro_batch, lib.accelerator, shard=False)[0]
+    gradient = actor_gradient(vlm, vlm.language)
+    lib.optimizer.zero_grad()
     pairs["loss"] = torch.tensor(loss), torch.tensor(naive.update(found, step=False))
-    pairs["gradient"] = gradients(lib, naive)
+    pairs["gradient"] = gradient, actor_gradient(vlm, naive.language("actor"))
+    naive.optimizer.zero_grad()
     for name, (x, y) in pairs.items(): assert_close(x, y.to(x), atol=atol, rtol=atol, msg=lambda m, name=name: f"{name}: {m}")
-    lib.optimizer.zero_grad(), naive.optimizer.zero_grad()
     return {name: float((x - y).abs().max()) for name, (x, y) in pairs.items()}
 
 
-def gradients(lib: Library, naive: Naive):
-    "The actor's gradient on both sides. A full matrix's G gives the adapter W + s·BA: dA = s·BᵀG, dB = s·GAᵀ."
-    ours, theirs, layers = [], [], dict(naive.language("actor").named_modules())
-    for name, layer in lib.policy.vlm.language.named_modules():
+def actor_gradient(vlm: VLM, language) -> torch.Tensor:
+    "The gradient of the actor's adapter, from a language model with it or from one with full matrices: there dA = s·BᵀG, dB = s·GAᵀ."
+    parts, layers = [], dict(language.named_modules())
+    for name, layer in vlm.language.named_modules():
         if not isinstance(layer, BaseTunerLayer): continue
-        a, b, s = layer.lora_A["actor"].weight, layer.lora_B["actor"].weight, layer.scaling["actor"]
-        ours += [a.grad, b.grad]
-        if naive.shared: continue
-        g = layers[name].weight.grad
-        theirs += [s * b.detach().T @ g, s * g @ a.detach().T]
-    flat = torch.cat([g.flatten() for g in ours])
-    return flat, flat if naive.shared else torch.cat([g.flatten() for g in theirs])
+        a, b, s, other = layer.lora_A["actor"].weight, layer.lora_B["actor"].weight, layer.scaling["actor"], layers[name]
+        if isinstance(other, BaseTunerLayer): parts += [a.grad.flatten(), b.grad.flatten()]
+        else: parts += [(s * b.detach().T @ other.weight.grad).flatten(), (s * other.weight.grad @ a.detach().T).flatten()]
+    return torch.cat(parts)
 
 
 # --- timing -----------------------------------------------------------------------------------------------------------------
@@ -197,7 +192,7 @@ def compare(cfg: PPOConfig, rounds: int, sizes: VLMConfig | None = None, atol: f
     lib, naive = Library(policy, rm, cfg), Naive(policy, rm, cfg)
     first, *sets = fresh_prompts(cfg, cfg.answers, rounds + 2)
     differences = check(lib, naive, first[:16], atol)
-    tower, timings = TowerCount(policy.vlm.tower), dict(library=[], naive=[])
+    tower, timings = TowerCount(policy.vlm), dict(library=[], naive=[])
     for step, prompts in enumerate(sets, 1):
         for name, side in (("library", lib), ("naive", naive)):
             before, cached = naive.encoded, tower.images

@@ -5,16 +5,10 @@ import statistics
 
 import torch
 
-from benchmarks.common import Library, build, fresh_prompts, medians, number, rss, save, table
+from benchmarks.common import Endless, Library, build, fresh_prompts, medians, number, rss, save, table
 from vlmrlhf_course.ppo import PPOConfig
 from vlmrlhf_course.rollout import plan_prompts
-from vlmrlhf_course.vlm import VLM, VLMConfig
-
-
-class Endless(VLM):
-    "Never says EOS: every answer has the length that is asked for."
-    @property
-    def banned_ids(self): return sorted({*super().banned_ids, self.eos_id})
+from vlmrlhf_course.vlm import VLMConfig
 
 
 def cost(cfg: PPOConfig, rounds: int, sizes: VLMConfig | None = None) -> dict[str, float]:
