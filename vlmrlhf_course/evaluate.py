@@ -6,7 +6,7 @@
 __all__ = ['ARMS', 'NAMES', 'COLUMNS', 'STYLE', 'bootstrap_interval', 'EvaluateConfig', 'detail_prompts', 'figures', 'speak',
            'speak_greedily', 'best_of_n', 'false_words', 'mark_html', 'before_after_figure', 'png',
            'over_optimisation_figure', 'training_figure', 'evaluate_run', 'text_table', 'first_false', 'scene_uri',
-           'report_html']
+           'report_html', 'evaluate_stage']
 
 # %% ../nbs/11_evaluate.ipynb #imports
 import base64
@@ -277,14 +277,9 @@ def evaluate_stage(run: Run) -> dict:
     arms = [*ARMS, "hacked"]
     for arm in arms: ppo_stage(run, arm)
     curves = {arm: read_jsonl(run.path(arm) / "metrics.jsonl", ("step", "kl", "reward", "true_score")) for arm in arms}
-<<<<<<< /tmp/tmpt9ap49n2/o
+    result, said, scenes = evaluate_run(run, cfg)
     shown = first_false(said["sft"], scenes, 3)
     three = before_after_figure([scenes[i] for i in shown], {f"{NAMES[k]}:": [said[k][i] for i in shown] for k in ("sft", "ppo")})
-=======
-    result, said, scenes = evaluate_run(run, cfg)
-    worst = sorted(range(len(scenes)), key=lambda i: -len(judge(said["sft"][i], scenes[i]).false_objects))[:9:3]
-    three = before_after_figure([scenes[i] for i in worst], {f"{NAMES[k]}:": [said[k][i] for i in worst] for k in ("sft", "ppo")})
->>>>>>> /tmp/tmpt9ap49n2/t
     three.savefig(run.folder / "before_after.png", dpi=100, bbox_inches="tight")
     plots = {"Over-optimisation": over_optimisation_figure(curves["hacked"]), "Training": training_figure({a: curves[a] for a in ARMS})}
     ends = {k: [r[k] for r in curves["hacked"]] for k in ("kl", "reward", "true_score")}
