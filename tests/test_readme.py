@@ -40,3 +40,11 @@ def test_every_figure_in_a_table_is_measured():
 
 @pytest.mark.parametrize("text, value, there", [("| 0.31 |", "0.31", True), ("10.31", "0.31", False), ("0.312", "0.31", False), ("31 %.", "31", True), ("0.31.", "0.31", True), ("2.31", "31", False)])
 def test_numbers_are_matched_whole(text, value, there): assert number_in(text, value) is there
+
+
+def test_figures_quoted_in_chapters_are_measured():
+    "A chapter quotes the full run as `0.123<!--name-->`: the comment is invisible there, and names the entry of the ledger."
+    cells = [c for file in (REPO / "nbs").glob("*.ipynb") for c in json.loads(file.read_text("utf-8"))["cells"] if c["cell_type"] == "markdown"]
+    quotes = [q for c in cells for q in re.findall(r"([\d.]+)<!--([\w.]+)-->", "".join(c["source"]))]
+    assert len(quotes) >= 6
+    assert not (wrong := [(name, shown, ledger().get(name)) for shown, name in quotes if ledger().get(name) != shown]), wrong
