@@ -19,6 +19,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'vlmrlhf_course.advantages.whiten': ('advantages.html#whiten', 'vlmrlhf_course/advantages.py')},
             'vlmrlhf_course.cli': { 'vlmrlhf_course.cli.Parser': ('cli.html#parser', 'vlmrlhf_course/cli.py'),
                                     'vlmrlhf_course.cli.Parser.error': ('cli.html#parser.error', 'vlmrlhf_course/cli.py'),
+                                    'vlmrlhf_course.cli._folder': ('cli.html#_folder', 'vlmrlhf_course/cli.py'),
                                     'vlmrlhf_course.cli._number': ('cli.html#_number', 'vlmrlhf_course/cli.py'),
                                     'vlmrlhf_course.cli._rows': ('cli.html#_rows', 'vlmrlhf_course/cli.py'),
                                     'vlmrlhf_course.cli._start_arm': ('cli.html#_start_arm', 'vlmrlhf_course/cli.py'),

@@ -53,6 +53,11 @@ def _number(low: int, high: int):
     return parse
 
 
+def _folder(text: str) -> str:
+    if not text.strip(): raise argparse.ArgumentTypeError("'': give a folder")
+    return text
+
+
 def build_parser() -> argparse.ArgumentParser:
     "The command line."
     s = load_settings()
@@ -62,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
                        ("reward", "the reward model"), ("ppo", "one PPO arm"), ("evaluate", "figures and report"),
                        ("pretrain", "make the pretrained parts again")):
         p = verbs.add_parser(verb, help=text, description=text)
-        p.add_argument("--out", help=f"folder (default {s.runs}/SCALE-seed-SEED)")
+        p.add_argument("--out", type=_folder, help=f"folder (default {s.runs}/SCALE-seed-SEED)")
         p.add_argument("--seed", type=_number(0, 2 ** 31 - 1), default=s.seed)
         p.add_argument("--scale", default=s.scale, help=f"{', '.join(scales())}, or a YAML file (default {s.scale})")
         p.add_argument("--set", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="override configuration", action="extend")

@@ -216,7 +216,7 @@ class PreferencesConfig:
         check_ranges(self, temperatures="[0, inf)", max_similarity="[0, 1]", annotators="[2, inf)", noise="[0, inf)", min_gap="[0, inf)",
                      balance="[0, inf)", **counts)
         check_mixture(self, kinds=KINDS)
-        if len(self.temperatures) * self.samples < 2: raise ValueError("one temperature with samples=1 gives one answer, and a pair needs two")
+        if len(self.temperatures) * self.samples < 2: raise ValueError("temperatures and samples give one answer or none: a pair needs two")
 
 
 def sample_prompts(

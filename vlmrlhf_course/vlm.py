@@ -299,9 +299,10 @@ def role_state(self: VLM, name: str) -> dict[str, torch.Tensor]:
 
 @patch
 def load_role(self: VLM, name: str, state: dict[str, torch.Tensor]):
-    "Take over what `role_state` returned; raises KeyError where weights are missing."
+    "Take over what `role_state` returned; raises KeyError where weights are missing or of another shape (copying would broadcast)."
     target = self.role_state(name)
-    if target.keys() != state.keys(): raise KeyError(f"role {name!r}: weights do not fit: {sorted(target.keys() ^ state.keys())[:3]}")
+    wrong = [k for k in {*target, *state} if k not in target or k not in state or target[k].shape != state[k].shape]
+    if wrong: raise KeyError(f"role {name!r}: weights do not fit: {sorted(wrong)[:3]}")
     for key, value in target.items(): value.copy_(state[key])
 
 # %% ../nbs/02_vlm.ipynb #forward
