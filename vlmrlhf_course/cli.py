@@ -37,7 +37,7 @@ def sections() -> dict:
     return dict(world=(WorldConfig, None), sft=(SFTConfig, None), preferences=(PreferencesConfig, None), reward=(RewardConfig, None),
                 reward_small=(RewardConfig, "reward"), ppo=(PPOConfig, None), **ppo, evaluate=(EvaluateConfig, None))
 
-# %% ../nbs/91_cli.ipynb #parser
+# %% ../nbs/91_cli.ipynb #parser-types
 class Parser(argparse.ArgumentParser):
     "argparse, with one line for a mistake."
     def error(self, message): raise UserError(f"{message}; see {self.prog} --help")
@@ -58,6 +58,7 @@ def _folder(text: str) -> str:
     return text
 
 
+# %% ../nbs/91_cli.ipynb #parser
 def build_parser() -> argparse.ArgumentParser:
     "The command line."
     s = load_settings()
