@@ -52,7 +52,7 @@ def epoch_of(cfg: PPOConfig, sizes: VLMConfig | None):
 
 
 def update_rate(cfg: PPOConfig, sizes: VLMConfig | None, repeats: int) -> dict:
-    "FLOP/s of an epoch of updates, beside large matrix products timed in between. Medians of `repeats`."
+    "FLOP/s of an epoch of updates, beside large matrix products timed in between. Medians."
     lib, exp, groups = epoch_of(cfg, sizes)
     flops = sum(update_flops(lib.policy, exp.batch.rows(g), cfg.critic) for g in groups)
     found = []
@@ -64,7 +64,7 @@ def update_rate(cfg: PPOConfig, sizes: VLMConfig | None, repeats: int) -> dict:
         peak = matmul_rate(device=lib.policy.vlm.device)
         found.append(dict(ms=1000 * (t["backward"] + t["step"]) / cfg.answers, gflop_per_s=rate / 1e9, matmul_gflop_per_s=peak / 1e9, ratio=rate / peak))
     padding = padding_share(exp.batch.attention_mask.sum(1), groups)
-    return dict(width=lib.policy.vlm.width, minibatch=cfg.minibatch, mflop=flops / cfg.answers / 1e6, padding=padding, **medians(found[1:]))
+    return dict(width=lib.policy.vlm.width, minibatch=cfg.minibatch, micro_batch=cfg.micro_batch, mflop=flops / cfg.answers / 1e6, padding=padding, **medians(found[1:]))
 
 
 REST = "the rest: dispatch, autograd, Python"
@@ -103,9 +103,9 @@ def rows(result: dict) -> str:
     first = table(["part of an iteration", "ms per answer", "share"], [[k, number(1000 * v / n), f"{v / all_:.0%}"] for k, v in result["parts"].items()])
     def line(r):
         figures = [number(r[k]) for k in ("mflop", "ms", "gflop_per_s", "matmul_gflop_per_s")]
-        return [r["width"], r["minibatch"], f"{r['padding']:.0%}", *figures, f"{r['ratio']:.0%}"]
-    head = ["width", "minibatch", "padding", "MFLOP an answer", "ms an answer", "GFLOP/s", "large products, GFLOP/s", "ratio"]
-    second = table(head, [line(r) for r in result["by_minibatch"] + result["by_width"]])
+        return [r["width"], r["minibatch"], r["micro_batch"], f"{r['padding']:.0%}", *figures, f"{r['ratio']:.0%}"]
+    head = ["width", "minibatch", "micro-batch", "padding", "MFLOP an answer", "ms an answer", "GFLOP/s", "large products, GFLOP/s", "ratio"]
+    second = table(head, [line(r) for r in result["by_batch"] + result["by_width"]])
     third = table(["kind of operation in an update", "share of its time"], [[k, f"{v:.0%}"] for k, v in result["ops"].items()])
     return "\n\n".join([first, second, third])
 
@@ -115,14 +115,16 @@ def main(argv=None):
     parser.add_argument("--answers", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256])
+    parser.add_argument("--micro-batches", type=int, nargs="*", default=[32, 16])
     parser.add_argument("--widths", type=int, nargs="+", default=[48, 192, 384, 768])
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     cfg = PPOConfig(answers=args.answers, minibatch=min(64, args.answers), actor_lr=1e-9, critic_lr=1e-9)
-    def at(n): return replace(cfg, answers=max(n, cfg.answers), minibatch=n, micro_batch=n)
-    by_minibatch = [update_rate(at(n), None, args.rounds) for n in args.batches]
+    def at(n, micro=None): return replace(cfg, answers=max(n, cfg.answers), minibatch=n, micro_batch=micro or n)
+    sizes = [(n, n) for n in args.batches] + [(cfg.minibatch, m) for m in args.micro_batches]
+    by_batch = [update_rate(at(*size), None, args.rounds) for size in sizes]
     by_width = [update_rate(at(cfg.minibatch), VLMConfig(width=w), max(2, args.rounds // 2)) for w in args.widths]
-    result = save("breakdown", dict(answers=cfg.answers, rounds=args.rounds, parts=parts(cfg, args.rounds), by_minibatch=by_minibatch, by_width=by_width,
+    result = save("breakdown", dict(answers=cfg.answers, rounds=args.rounds, parts=parts(cfg, args.rounds), by_batch=by_batch, by_width=by_width,
                                     ops=op_shares(at(cfg.minibatch))))
     print(rows(result))
 
