@@ -26,8 +26,10 @@ def parts(cfg: PPOConfig, rounds: int, sizes: VLMConfig | None = None) -> dict[s
         with clock("judge"), torch.no_grad(): answer_scores(rm, roll, cfg, states=states)
         found.append(spans | clock.take())
     t = medians(found[1:])
-    named = {"encoding pictures (drawing included)": t["encode"], "sampling": t["sample"], "scoring: reference, reward model, values, advantages": t["score"] - t["judge"],
-             "judging texts (true score, penalty)": t["judge"], "update: forward and backward": t["backward"], "update: clipping and optimiser": t["step"]}
+    named = {"encoding pictures (drawing included)": t["encode"], "sampling": t["sample"],
+             "scoring: reference, reward model, values, advantages": t["score"] - t["judge"],
+             "judging texts (true score, penalty)": t["judge"], "update: forward and backward": t["backward"],
+             "update: clipping and optimiser": t["step"]}
     return named | {"rest": t["all"] - sum(named.values()), "all": t["all"]}
 
 
@@ -62,16 +64,20 @@ def update_rate(cfg: PPOConfig, sizes: VLMConfig | None, repeats: int) -> dict:
         t = lib.clock.take()
         rate = flops / (t["backward"] + t["step"])
         peak = matmul_rate(device=lib.policy.vlm.device)
-        found.append(dict(ms=1000 * (t["backward"] + t["step"]) / cfg.answers, gflop_per_s=rate / 1e9, matmul_gflop_per_s=peak / 1e9, ratio=rate / peak))
+        found.append(dict(ms=1000 * (t["backward"] + t["step"]) / cfg.answers, gflop_per_s=rate / 1e9, matmul_gflop_per_s=peak / 1e9,
+                          ratio=rate / peak))
     padding = padding_share(exp.batch.attention_mask.sum(1), groups)
-    return dict(width=lib.policy.vlm.width, minibatch=cfg.minibatch, micro_batch=cfg.micro_batch, mflop=flops / cfg.answers / 1e6, padding=padding, **medians(found[1:]))
+    return dict(width=lib.policy.vlm.width, minibatch=cfg.minibatch, micro_batch=cfg.micro_batch, mflop=flops / cfg.answers / 1e6,
+                padding=padding, **medians(found[1:]))
 
 
 REST = "the rest: dispatch, autograd, Python"
 OPS = {"matrix products": ("mm", "addmm", "bmm", "baddbmm"), "attention": ("scaled_dot_product",),
        "optimiser": ("fused_adam", "foreach", "Optimizer", "linalg_vector_norm"),
-       "copies and memory": ("copy", "cat", "clone", "fill", "zero", "empty", "slice", "contiguous", "stack", "index", "masked", "scatter", "gather"),
-       "element-wise, norms, softmax": ("mul", "add", "sub", "div", "neg", "silu", "mean", "sum", "pow", "rsqrt", "exp", "log", "softmax", "sigmoid",
+       "copies and memory": ("copy", "cat", "clone", "fill", "zero", "empty", "slice", "contiguous", "stack", "index", "masked", "scatter",
+                             "gather"),
+       "element-wise, norms, softmax": ("mul", "add", "sub", "div", "neg", "silu", "mean", "sum", "pow", "rsqrt", "exp", "log", "softmax",
+                                        "sigmoid",
                                         "tanh", "clamp", "maximum", "where", "native_layer_norm", "cos", "sin")}
 
 
@@ -100,11 +106,13 @@ def kind_of(op: str) -> str:
 def rows(result: dict) -> str:
     "The tables of README.md."
     all_, n = result["parts"]["all"], result["answers"]
-    first = table(["part of an iteration", "ms per answer", "share"], [[k, number(1000 * v / n), f"{v / all_:.0%}"] for k, v in result["parts"].items()])
+    first = table(["part of an iteration", "ms per answer", "share"],
+                  [[k, number(1000 * v / n), f"{v / all_:.0%}"] for k, v in result["parts"].items()])
     def line(r):
         figures = [number(r[k]) for k in ("mflop", "ms", "gflop_per_s", "matmul_gflop_per_s")]
         return [r["width"], r["minibatch"], r["micro_batch"], f"{r['padding']:.0%}", *figures, f"{r['ratio']:.0%}"]
-    head = ["width", "minibatch", "micro-batch", "padding", "MFLOP an answer", "ms an answer", "GFLOP/s", "large products, GFLOP/s", "ratio"]
+    head = ["width", "minibatch", "micro-batch", "padding", "MFLOP an answer", "ms an answer", "GFLOP/s", "large products, GFLOP/s",
+            "ratio"]
     second = table(head, [line(r) for r in result["by_batch"] + result["by_width"]])
     third = table(["kind of operation in an update", "share of its time"], [[k, f"{v:.0%}"] for k, v in result["ops"].items()])
     return "\n\n".join([first, second, third])
@@ -124,7 +132,8 @@ def main(argv=None):
     sizes = [(n, n) for n in args.batches] + [(cfg.minibatch, m) for m in args.micro_batches]
     by_batch = [update_rate(at(*size), None, args.rounds) for size in sizes]
     by_width = [update_rate(at(cfg.minibatch), VLMConfig(width=w), max(2, args.rounds // 2)) for w in args.widths]
-    result = save("breakdown", dict(answers=cfg.answers, rounds=args.rounds, parts=parts(cfg, args.rounds), by_batch=by_batch, by_width=by_width,
+    result = save("breakdown", dict(answers=cfg.answers, rounds=args.rounds, parts=parts(cfg, args.rounds), by_batch=by_batch,
+                                    by_width=by_width,
                                     ops=op_shares(at(cfg.minibatch))))
     print(rows(result))
 

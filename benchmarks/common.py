@@ -108,7 +108,8 @@ class Library:
 
     def update(self, exp, group):
         "One optimiser step on some rows."
-        with self.clock("backward"): loss, _ = backward_through(self.task, [(exp, int(i)) for i in group], self.cfg.micro_batch, self.accelerator, shard=False)
+        with self.clock("backward"): loss, _ = backward_through(self.task, [(exp, int(i)) for i in group], self.cfg.micro_batch,
+                                                                self.accelerator, shard=False)
         with self.clock("step"):
             self.accelerator.clip_grad_norm_(self.params, self.cfg.grad_clip)
             self.optimizer.step(); self.optimizer.zero_grad()
@@ -168,7 +169,8 @@ def rss() -> int:
 
 def machine() -> dict:
     "Where and with what a figure was measured."
-    name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor())
+    name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
+                platform.processor())
     if torch.cuda.is_available(): name = torch.cuda.get_device_name()
     return dict(machine=name, threads=torch.get_num_threads(), python=platform.python_version(), date=time.strftime("%Y-%m-%d"),
                 load=round(os.getloadavg()[0], 1), **{k: version(k) for k in ("torch", "transformers", "peft")})

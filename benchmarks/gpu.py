@@ -14,19 +14,26 @@ from vlmrlhf_course.ppo import PPOConfig
 from vlmrlhf_course.vlm import VLM, build_processor, build_tokenizer
 
 SHAPES = {   # vision: CLIP ViT; text: Llama
-    "7b": dict(vision=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14),
-               text=dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, vocab_size=32064)),
-    "tiny": dict(vision=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14),
-                 text=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, vocab_size=128))}
+    "7b": dict(vision=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+                           patch_size=14),
+               text=dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
+                         vocab_size=32064)),
+    "tiny": dict(vision=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28,
+                             patch_size=14),
+                 text=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                           vocab_size=128))}
 
-PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "4090": 165e12}   # dense bf16, by the maker
+PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12,
+        "4090": 165e12}   # dense bf16, by the maker
 
 
 def llava(shape: str, device, dtype) -> VLM:
     "A LLaVA of a shape, with random weights made where they are used."
     sizes, tok = SHAPES[shape], build_tokenizer()
-    text = LlamaConfig(**sizes["text"], max_position_embeddings=4096, pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id, bos_token_id=None)
-    config = LlavaConfig(vision_config=CLIPVisionConfig(**sizes["vision"]), text_config=text, image_token_id=tok.convert_tokens_to_ids("<image>"),
+    text = LlamaConfig(**sizes["text"], max_position_embeddings=4096, pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id,
+                       bos_token_id=None)
+    config = LlavaConfig(vision_config=CLIPVisionConfig(**sizes["vision"]), text_config=text,
+                         image_token_id=tok.convert_tokens_to_ids("<image>"),
                          vision_feature_layer=-2, vision_feature_select_strategy="default", tie_word_embeddings=False)
     with torch.device(device): model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=dtype)
     model.generation_config.update(pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id)
@@ -57,14 +64,16 @@ def measure(vlm: VLM, cfg: PPOConfig, rounds: int, naive_answers: int) -> list[d
             with cast: said = side.iteration(prompts, step)
             t = side.clock.take()
             if ours:
-                flops = sum(update_flops(policy, said[0].batch.rows(g), cfg.critic) for e in range(cfg.epochs) for g in lib.groups(said[0], step, e))
+                groups = [g for e in range(cfg.epochs) for g in lib.groups(said[0], step, e)]
+                flops = sum(update_flops(policy, said[0].batch.rows(g), cfg.critic) for g in groups)
                 t |= dict(update=t["backward"] + t["step"], tokens=int(said[0].batch.answer_mask.sum()), flops=flops)
             else: t |= dict(tokens=sum(e["answer"].shape[1] for e in said))
             found.append(t)
         t = medians(found[1:])
         row = dict(side="library" if ours else "naive", answers_per_s=n / t["all"], tokens_per_s=t["tokens"] / t["all"],
                    **{k: 1000 * t[k] / n for k in ("sample", "score", "update", "all")})
-        if ours: row |= dict(tflops=t["flops"] / t["update"] / 1e12, of_measured=t["flops"] / t["update"] / measured, mfu=t["flops"] / t["update"] / (peak_rate(name) or measured))
+        if ours: row |= dict(tflops=t["flops"] / t["update"] / 1e12, of_measured=t["flops"] / t["update"] / measured,
+                             mfu=t["flops"] / t["update"] / (peak_rate(name) or measured))
         if device.type == "cuda": row |= dict(peak_gib=torch.cuda.max_memory_allocated() / 2 ** 30)
         sides.append(row)
     return sides
@@ -74,8 +83,10 @@ def rows(result: dict) -> str:
     "The table of README.md."
     names, (lib, naive) = dict(library="library", naive="textbook, one answer at a time"), result["sides"]
     body = [[names[s["side"]], *(number(s[k]) for k in ("sample", "score", "update", "all", "answers_per_s", "tokens_per_s")),
-             number(s["tflops"]) if "tflops" in s else "", f"{s['mfu']:.0%}" if "mfu" in s else "", number(s["peak_gib"]) if "peak_gib" in s else ""] for s in (lib, naive)]
-    head = ["ms per answer", "sampling", "scoring", "update", "all", "answers/s", "answer tokens/s", "TFLOP/s of the update", "MFU", "peak memory, GiB"]
+             number(s["tflops"]) if "tflops" in s else "", f"{s['mfu']:.0%}" if "mfu" in s else "",
+             number(s["peak_gib"]) if "peak_gib" in s else ""] for s in (lib, naive)]
+    head = ["ms per answer", "sampling", "scoring", "update", "all", "answers/s", "answer tokens/s", "TFLOP/s of the update", "MFU",
+            "peak memory, GiB"]
     return table(head, body) + f"\n\nThe textbook pipeline takes {naive['all'] / lib['all']:.1f} times as long. {result['machine']}."
 
 
@@ -92,7 +103,8 @@ def main(argv=None) -> int:
     if not args.cpu and not torch.cuda.is_available():
         print("benchmarks.gpu: no GPU here (torch.cuda.is_available() is False); it needs one with about 80 GB", file=sys.stderr)
         return 2
-    cfg = PPOConfig(answers=args.answers, minibatch=args.answers, micro_batch=args.micro_batch, max_new_tokens=args.new_tokens, actor_lr=1e-9, critic_lr=1e-9)
+    cfg = PPOConfig(answers=args.answers, minibatch=args.answers, micro_batch=args.micro_batch, max_new_tokens=args.new_tokens,
+                    actor_lr=1e-9, critic_lr=1e-9)
     vlm = llava(args.shape, "cpu" if args.cpu else "cuda", torch.bfloat16)
     sides = measure(vlm, cfg, args.rounds, args.naive_answers)
     result = dict(shape=args.shape, answers=args.answers, new_tokens=args.new_tokens, sides=sides)

@@ -38,8 +38,9 @@ class Naive:
         self.models = {name: self.vlm.model if shared else full_model(self.vlm, role) for name, role in self.roles.items()}
         self.towers = {m: TowerCount(VLM(m, self.vlm.processor)) for m in self.models.values()}
         self.value = policy.value if shared else copy.deepcopy(policy.value)
-        if not shared:   # towers stay frozen here too: where they are trained there is nothing to cache, and the library does not cache either
-            for part in (self.language("actor"), self.models["actor"].get_output_embeddings(), self.language("critic")): part.requires_grad_(True)
+        if not shared:   # towers stay frozen here too: where they are trained there is nothing to cache
+            for part in (self.language("actor"), self.models["actor"].get_output_embeddings(),
+                         self.language("critic")): part.requires_grad_(True)
         models = [policy] if shared else [self.models["actor"], self.models["critic"], self.value]
         self.trained = [p for m in models for p in m.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=cfg.actor_lr, betas=(.9, .95), weight_decay=0., fused=True)
@@ -62,7 +63,8 @@ class Naive:
     def states(self, name: str, inputs: dict, answer: torch.Tensor) -> torch.Tensor:
         "One model on a prompt with its answer (1, A), from pixels: hidden states (1, P+A, H)."
         with self.acting(name):
-            return self.models[name].model(**inputs | dict(input_ids=torch.cat([inputs["input_ids"], answer], 1)), use_cache=False).last_hidden_state
+            return self.models[name].model(**inputs | dict(input_ids=torch.cat([inputs["input_ids"], answer], 1)),
+                                           use_cache=False).last_hidden_state
 
     def logprobs(self, name, inputs, answer):
         "(1, A), from logits at every position."
@@ -81,8 +83,10 @@ class Naive:
         cfg = self.cfg
         torch.manual_seed(seed)
         with self.acting("actor"):
-            ids = self.models["actor"].generate(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]), do_sample=True, top_k=0, top_p=1.,
-                                                temperature=cfg.temperature, max_new_tokens=cfg.max_new_tokens, suppress_tokens=self.vlm.banned_ids,
+            ids = self.models["actor"].generate(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]), do_sample=True, top_k=0,
+                                                top_p=1.,
+                                                temperature=cfg.temperature, max_new_tokens=cfg.max_new_tokens,
+                                                suppress_tokens=self.vlm.banned_ids,
                                                 pad_token_id=self.vlm.pad_id)
         return ids[:, inputs["input_ids"].shape[1]:]
 
@@ -219,7 +223,8 @@ def describe(name: str, t: dict, cfg: PPOConfig) -> dict:
 
 def rows(result: dict) -> str:
     "The table of README.md."
-    head = ["ms per answer", "sampling", "scoring", "update", "all", "answers/s", "tokens per answer", "images encoded per answer", "textbook / library"]
+    head = ["ms per answer", "sampling", "scoring", "update", "all", "answers/s", "tokens per answer", "images encoded per answer",
+            "textbook / library"]
     body = []
     for part in result["critics"]:
         for side in part["sides"]:
@@ -228,7 +233,8 @@ def rows(result: dict) -> str:
     return table(head, body)
 
 
-LABELS = {("library", "head"): "library, critic on the reward model's states", ("naive", "head"): "textbook, the same critic as a model of its own",
+LABELS = {("library", "head"): "library, critic on the reward model's states",
+          ("naive", "head"): "textbook, the same critic as a model of its own",
           ("library", "adapter"): "library, critic with an adapter of its own", ("naive", "adapter"): "textbook, critic a model of its own"}
 
 
@@ -242,7 +248,8 @@ def main(argv=None):
     for critic in ("head", "adapter"):   # learning rate ~0: both sides go on saying the same, so that answers stay as long as they are
         cfg = PPOConfig(critic=critic, answers=args.answers, minibatch=min(64, args.answers), actor_lr=1e-9, critic_lr=1e-9)
         parts.append(compare(cfg, args.rounds))
-    result = save("naive", dict(answers=args.answers, epochs=cfg.epochs, rounds=args.rounds, critics=parts, sides=[s for p in parts for s in p["sides"]]))
+    result = save("naive", dict(answers=args.answers, epochs=cfg.epochs, rounds=args.rounds, critics=parts,
+                                sides=[s for p in parts for s in p["sides"]]))
     print(rows(result))
 
 

@@ -10,7 +10,10 @@ README = Path(__file__).parent / "README.md"
 SCRIPTS = dict(naive=naive, trl_peer=trl_peer, breakdown=breakdown, scaling=scaling, gpu=gpu)
 
 
-def results() -> dict[str, dict]: return {name: json.loads((RESULTS / f"{name}.json").read_text("utf-8")) for name in SCRIPTS if (RESULTS / f"{name}.json").is_file()}
+def results() -> dict[str, dict]:
+    "What was measured."
+    files = {name: RESULTS / f"{name}.json" for name in SCRIPTS}
+    return {name: json.loads(file.read_text("utf-8")) for name, file in files.items() if file.is_file()}
 
 
 def block(name: str, result: dict | None) -> str:
@@ -24,7 +27,8 @@ def block(name: str, result: dict | None) -> str:
 def render(text: str, found: dict[str, dict]) -> str:
     "README.md with every block made anew. Raises KeyError where a benchmark has no block."
     for name in SCRIPTS:
-        text, n = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, name=name: m[1] + block(name, found.get(name)) + "\n" + m[2], text, flags=re.S)
+        new = f"<!-- {name} -->\n{block(name, found.get(name))}\n<!-- /{name} -->"
+        text, n = re.subn(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda m, new=new: new, text, flags=re.S)
         if n != 1: raise KeyError(f"README.md has {n} blocks for {name}")
     return text
 

@@ -25,7 +25,8 @@ def cost(cfg: PPOConfig, rounds: int, sizes: VLMConfig | None = None) -> dict[st
 
 def exponent(xs, ys) -> float:
     "The power of x that y grows with: the slope of log y over log x. 1: linear."
-    return statistics.linear_regression([torch.tensor(float(x)).log().item() for x in xs], [torch.tensor(float(y)).log().item() for y in ys]).slope
+    return statistics.linear_regression([torch.tensor(float(x)).log().item() for x in xs],
+                                        [torch.tensor(float(y)).log().item() for y in ys]).slope
 
 
 def memory(cfg: PPOConfig, iterations: int, sizes: VLMConfig | None = None) -> list[float]:
@@ -42,18 +43,24 @@ def drift(memory: list[float]) -> dict[str, float]:
     "Does memory grow? Slope over the second half, when all pictures of the pool were seen, and the growth it makes in 1000 iterations."
     half = memory[len(memory) // 2:]
     fit = statistics.linear_regression(range(len(half)), half)
-    return dict(iterations=len(memory), start=memory[0], half=half[0], end=memory[-1], highest=max(memory), kib_per_iteration=1024 * fit.slope)
+    return dict(iterations=len(memory), start=memory[0], half=half[0], end=memory[-1], highest=max(memory),
+                kib_per_iteration=1024 * fit.slope)
 
 
 def rows(result: dict) -> str:
     "The tables of README.md."
-    first = table(["prompts", "s per iteration", "ms per answer"], [[r["prompts"], number(r["all"]), number(1000 * r["all"] / r["prompts"])] for r in result["by_prompts"]])
-    second = table(["answer length", "s per iteration", "µs per answer token", "sampling", "scoring", "update"],
-                   [[r["length"], number(r["all"]), *(number(1e6 * x / r["length"] / result["answers"]) for x in (r["all"], r["sample"], r["score"], r["backward"] + r["step"]))] for r in result["by_length"]])
+    first = table(["prompts", "s per iteration", "ms per answer"],
+                  [[r["prompts"], number(r["all"]), number(1000 * r["all"] / r["prompts"])] for r in result["by_prompts"]])
+    def line(r):
+        seconds = r["all"], r["sample"], r["score"], r["backward"] + r["step"]
+        return [r["length"], number(r["all"]), *(number(1e6 * x / r["length"] / result["answers"]) for x in seconds)]
+    second = table(["answer length", "s per iteration", "µs per answer token", "sampling", "scoring", "update"], list(map(line, result["by_length"])))
     m = result["memory"]
-    third = table(["resident memory, MiB", f"after 1 of {m['iterations']} iterations", "half-way", "at the end", "highest", "slope of the second half, KiB an iteration"],
+    third = table(["resident memory, MiB", f"after 1 of {m['iterations']} iterations", "half-way", "at the end", "highest",
+                   "slope of the second half, KiB an iteration"],
                   [["", *(f"{m[k]:.0f}" for k in ("start", "half", "end", "highest")), f"{m['kib_per_iteration']:.1f}"]])
-    powers = f"Cost grows with the power {result['prompts_exponent']:.2f} of the number of prompts and {result['length_exponent']:.2f} of the answers' length."
+    powers = (f"Cost grows with the power {result['prompts_exponent']:.2f} of the number of prompts "
+              f"and {result['length_exponent']:.2f} of the answers' length.")
     return "\n\n".join([first, second, powers, third])
 
 
@@ -71,7 +78,8 @@ def main(argv=None):
     by_length = [dict(length=a, **cost(config(args.answers, a), args.rounds)) for a in args.lengths]
     cfg = PPOConfig(answers=16, minibatch=8, pool=160, actor_lr=1e-9, critic_lr=1e-9)
     result = dict(answers=args.answers, by_prompts=by_prompts, by_length=by_length, memory=drift(memory(cfg, args.iterations)),
-                  prompts_exponent=exponent(args.prompts, [r["all"] for r in by_prompts]), length_exponent=exponent(args.lengths, [r["all"] for r in by_length]))
+                  prompts_exponent=exponent(args.prompts, [r["all"] for r in by_prompts]),
+                  length_exponent=exponent(args.lengths, [r["all"] for r in by_length]))
     print(rows(save("scaling", result)))
 
 

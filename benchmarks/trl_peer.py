@@ -19,14 +19,16 @@ def missing() -> str | None:
     try: have = version("trl")
     except PackageNotFoundError: have = None
     if have == WANTED: return None
-    return f"benchmarks.trl_peer: needs TRL {WANTED}, found {have or 'none'}; in an environment of its own: pip install -c constraints.txt trl=={WANTED}"
+    remedy = f"in an environment of its own: pip install -c constraints.txt trl=={WANTED}"
+    return f"benchmarks.trl_peer: needs TRL {WANTED}, found {have or 'none'}; {remedy}"
 
 
 # --- TRL's side ---------------------------------------------------------------------------------------------------------------
 
 def settings(folder, **more) -> dict:
     "Settings of a TRL trainer that only trains: nothing saved, logged or checkpointed."
-    return dict(output_dir=str(folder), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], save_strategy="no", logging_strategy="no",
+    return dict(output_dir=str(folder), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], save_strategy="no",
+                logging_strategy="no",
                 disable_tqdm=True, learning_rate=1e-9, max_grad_norm=1., seed=0, optim="adamw_torch_fused", **more)
 
 
@@ -47,7 +49,8 @@ def picture(prompt):
 def preference_rows(pairs):
     from vlmrlhf_course.world import open_image
     def says(text): return [{"role": "assistant", "content": text}]
-    return [dict(prompt=[{"role": "user", "content": r["prompt"]}], chosen=says(r["chosen"]), rejected=says(r["rejected"]), images=[open_image(r["image"])]) for r in pairs]
+    return [dict(prompt=[{"role": "user", "content": r["prompt"]}], chosen=says(r["chosen"]), rejected=says(r["rejected"]),
+                 images=[open_image(r["image"])]) for r in pairs]
 
 
 def few_repeats(completions, **kwargs) -> list[float]:
@@ -64,7 +67,8 @@ def dpo_trainer(folder, model, processor, pairs, size: int, steps: int, lora: bo
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
     args = DPOConfig(**settings(folder), max_length=None, beta=.3, per_device_train_batch_size=size, max_steps=steps)
-    return DPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(preference_rows(pairs)), processing_class=processor, peft_config=adapter() if lora else None)
+    return DPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(preference_rows(pairs)), processing_class=processor,
+                      peft_config=adapter() if lora else None)
 
 
 def online_trainer(kind: str, folder, model, processor, prompts, cfg, group: int, steps: int, lora: bool, fixed: bool):
@@ -72,10 +76,13 @@ def online_trainer(kind: str, folder, model, processor, prompts, cfg, group: int
     from datasets import Dataset
     import trl
     rows = [dict(prompt=chat(p), images=[picture(p)]) for p in prompts]
-    args = dict(settings(folder), per_device_train_batch_size=cfg.minibatch, steps_per_generation=cfg.answers // cfg.minibatch, num_iterations=cfg.epochs, num_generations=group,
-                max_completion_length=cfg.max_new_tokens, generation_kwargs=dict(min_new_tokens=cfg.max_new_tokens if fixed else 1), temperature=cfg.temperature, beta=.05, shuffle_dataset=False, max_steps=steps)
+    args = dict(settings(folder), per_device_train_batch_size=cfg.minibatch, steps_per_generation=cfg.answers // cfg.minibatch,
+                num_iterations=cfg.epochs, num_generations=group,
+                max_completion_length=cfg.max_new_tokens, generation_kwargs=dict(min_new_tokens=cfg.max_new_tokens if fixed else 1),
+                temperature=cfg.temperature, beta=.05, shuffle_dataset=False, max_steps=steps)
     config, trainer = (trl.GRPOConfig, trl.GRPOTrainer) if kind == "GRPO" else (trl.RLOOConfig, trl.RLOOTrainer)
-    return trainer(model=model, args=config(**args), reward_funcs=few_repeats, train_dataset=Dataset.from_list(rows), processing_class=processor, peft_config=adapter() if lora else None)
+    return trainer(model=model, args=config(**args), reward_funcs=few_repeats, train_dataset=Dataset.from_list(rows),
+                   processing_class=processor, peft_config=adapter() if lora else None)
 
 
 def in_turn(trainer, steps_a_round: int, ours) -> list[tuple[float, float]]:
@@ -119,7 +126,8 @@ def compare_online(kind: str, folder, cfg, group: int, rounds: int, lora: bool, 
     if fixed: policy.vlm.__class__ = Endless
     lib, prompts = Library(policy, rm, cfg), fresh_prompts(cfg, cfg.answers // group, rounds + 1)
     steps, model = cfg.epochs * (cfg.answers // cfg.minibatch), their_model(folder)
-    trainer = online_trainer(kind, folder / "out", model, load_vlm(folder).processor, [p for r in prompts for p in r], cfg, group, steps * (rounds + 1), lora, fixed)
+    trainer = online_trainer(kind, folder / "out", model, load_vlm(folder).processor, [p for r in prompts for p in r], cfg, group,
+                             steps * (rounds + 1), lora, fixed)
     towers, lengths = [TowerCount(VLM(model, policy.vlm.processor)), TowerCount(policy.vlm)], []
     LENGTHS.clear()
     def ours(step): lengths.extend(lib.iteration([p for p in prompts[step] for _ in range(group)], step)[0].batch.lengths.tolist())
@@ -172,7 +180,8 @@ def rows(result: dict) -> str:
     head = ["TRL", "TRL trains", "ours", "tokens an answer (TRL, ours)", "pictures encoded (TRL, ours)", "TRL", "ours", "ours / TRL"]
     def two(x): return f"{x[0]:.1f}, {x[1]:.1f}" if x else "the same"
     return table(head, [[p["method"], p["trained"], p["ours"], two(p["tokens"]), ", ".join(number(x) for x in p["images"]),
-                         f"{number(p['trl_per_s'])} {p['unit']}/s", f"{number(p['ours_per_s'])} {p['unit']}/s", f"{p['ratio']:.2f}"] for p in result["pairs"]])
+                         f"{number(p['trl_per_s'])} {p['unit']}/s", f"{number(p['ours_per_s'])} {p['unit']}/s",
+                         f"{p['ratio']:.2f}"] for p in result["pairs"]])
 
 
 def main(argv=None) -> int:
@@ -205,15 +214,19 @@ def main(argv=None) -> int:
                             max_new_tokens=args.new_tokens if fixed else PPOConfig.max_new_tokens, actor_lr=1e-9, critic_lr=1e-9)
             found, images, tokens = compare_online(kind, folder, cfg, args.group, args.rounds, lora, fixed)
             pairs.append(summary(kind, found, images, tokens, "answers", args.answers, LABELS[critic], lora))
-    sides = [dict(side=side, method=p["method"] if side == "trl" else p["ours"], beside=p["method"], trained=p["trained"] if side == "trl" else "adapter",
-                  tokens=p["tokens"] and p["tokens"][side == "ours"], **{f"{p['unit']}_per_s": p[f"{side}_per_s"]}) for p in pairs for side in ("trl", "ours")]
-    result = dict(trl=version("trl"), answers=args.answers, group=args.group, new_tokens=args.new_tokens, epochs=PPOConfig().epochs, rounds=args.rounds, pairs=pairs, sides=sides)
+    sides = [dict(side=side, method=p["method"] if side == "trl" else p["ours"], beside=p["method"],
+                  trained=p["trained"] if side == "trl" else "adapter",
+                  tokens=p["tokens"] and p["tokens"][side == "ours"],
+                  **{f"{p['unit']}_per_s": p[f"{side}_per_s"]}) for p in pairs for side in ("trl", "ours")]
+    result = dict(trl=version("trl"), answers=args.answers, group=args.group, new_tokens=args.new_tokens, epochs=PPOConfig().epochs,
+                  rounds=args.rounds, pairs=pairs, sides=sides)
     print(rows(save("trl_peer", result)))
     return 0
 
 
 LABELS = dict(head="PPO, critic on the reward model's states", adapter="PPO, critic with an adapter of its own")
-ONLINE = [("GRPO", "head", True, True), ("GRPO", "head", False, True), ("GRPO", "adapter", True, True),   # method, our critic, does TRL train an adapter, fixed length
+# method, our critic, does TRL train an adapter, fixed length
+ONLINE = [("GRPO", "head", True, True), ("GRPO", "head", False, True), ("GRPO", "adapter", True, True),
           ("GRPO", "head", True, False), ("GRPO", "head", False, False), ("RLOO", "head", True, True), ("RLOO", "head", False, True)]
 
 

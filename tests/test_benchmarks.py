@@ -19,7 +19,8 @@ from vlmrlhf_course.preferences import sample_prompts
 from vlmrlhf_course.rollout import plan_prompts, sample
 from vlmrlhf_course.vlm import LoRAConfig
 
-CFG = PPOConfig(answers=6, minibatch=3, micro_batch=2, max_new_tokens=30, pool=20, lora=LoRAConfig(r=4, alpha=8), actor_lr=1e-3, critic_lr=1e-3)
+CFG = PPOConfig(answers=6, minibatch=3, micro_batch=2, max_new_tokens=30, pool=20, lora=LoRAConfig(r=4, alpha=8), actor_lr=1e-3,
+                critic_lr=1e-3)
 
 
 def pair(cfg, sizes=SMALL, **kwargs):
@@ -41,7 +42,8 @@ def test_both_sides_agree(critic, shared, prompts):
     assert found.keys() >= {"old", "ref", "values", "score", "advantages", "returns", "loss", "gradient"}
 
 
-@pytest.mark.parametrize("wrong", [dict(lam=.5), dict(gamma=.9), dict(beta=.3), dict(value_coef=1.), dict(temperature=1.2), dict(reward="rm"), dict(no_eos=0.), dict(dense=False)])
+@pytest.mark.parametrize("wrong", [dict(lam=.5), dict(gamma=.9), dict(beta=.3), dict(value_coef=1.), dict(temperature=1.2),
+                                   dict(reward="rm"), dict(no_eos=0.), dict(dense=False)])
 def test_the_check_sees_a_difference(wrong, prompts):
     policy, rm = pair(CFG)
     other = naive.Naive(policy, rm, replace(CFG, **wrong))
@@ -92,7 +94,8 @@ def test_flops_are_those_that_torch_executes(critic):
     lib = common.Library(policy, rm, cfg)
     roll, exp, _ = lib.experience(prompts, 0)
     counted = common.update_flops(policy, roll.batch, critic)
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH): lib.update(exp, torch.arange(4))
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH): lib.update(exp,
+                                                                                                                                   torch.arange(4))
     rows, positions = roll.batch.attention_mask.shape
     other_half = rows * positions ** 2 * 96 * 6 * 3 * (2 if critic == "adapter" else 1)
     assert counted + other_half == pytest.approx(counter.get_total_flops(), rel=.03)
@@ -113,8 +116,10 @@ def test_update_rate_and_operations(monkeypatch):
     assert 1e9 < common.matmul_rate(n=256) < 1e15
     shares = breakdown.op_shares(CFG, SMALL)
     assert sum(shares.values()) == pytest.approx(1) and shares["matrix products"] > .01
-    kinds = {op: breakdown.kind_of(op) for op in ("aten::mm", "aten::mul", "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::copy_", "Optimizer.step#AdamW.step", "MulBackward0")}
-    assert [*kinds.values()] == ["matrix products", "element-wise, norms, softmax", "attention", "copies and memory", "optimiser", breakdown.REST]
+    kinds = {op: breakdown.kind_of(op) for op in ("aten::mm", "aten::mul", "aten::_scaled_dot_product_flash_attention_for_cpu",
+                                                  "aten::copy_", "Optimizer.step#AdamW.step", "MulBackward0")}
+    assert [*kinds.values()] == ["matrix products", "element-wise, norms, softmax", "attention", "copies and memory", "optimiser",
+                                 breakdown.REST]
 
 
 def test_endless_answers_have_the_length_asked_for():
@@ -158,7 +163,8 @@ def test_gpu_sides_agree(prompts):
     naive.check(common.Library(policy, rm, CFG), naive.Naive(policy, rm, CFG, shared=True), prompts, atol=1e-8)
 
 
-@pytest.mark.parametrize("name, rate", [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L40S", 362e12), ("Tesla T4", None)])
+@pytest.mark.parametrize("name, rate", [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12),
+                                        ("NVIDIA L40S", 362e12), ("Tesla T4", None)])
 def test_peak_rates(name, rate): assert gpu.peak_rate(name) == rate
 
 
