@@ -7,8 +7,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import Clock, Library, build, fresh_prompts, matmul_rate, medians, number, save, table, update_flops
-from vlmrlhf_course.ppo import PPOConfig, answer_scores, make_experience
-from vlmrlhf_course.rollout import Rollout, length_groups, padding_share
+from vlmrlhf_course.ppo import PPOConfig, answer_scores, make_experience, minibatches
+from vlmrlhf_course.rollout import Rollout, padding_share
 from vlmrlhf_course.vlm import VLMConfig, token_logprobs
 
 
@@ -45,18 +45,18 @@ def given_answers(lib: Library, prompts) -> Rollout:
 
 
 def epoch_of(cfg: PPOConfig, sizes: VLMConfig | None):
-    "An iteration just before its first update: library, experience, minibatches of like length."
+    "An iteration just before its first update: library, experience, minibatches of one epoch."
     policy, rm = build(cfg, sizes)
     lib = Library(policy, rm, cfg)
     roll = given_answers(lib, fresh_prompts(cfg, cfg.answers, 1)[0])
     exp, _ = make_experience(policy, rm, roll, cfg, cfg.beta)
-    return lib, exp, length_groups(roll.batch.lengths, cfg.minibatch)
+    return lib, exp, list(minibatches(roll.batch.lengths, replace(cfg, epochs=1), "breakdown"))
 
 
 def update_rate(cfg: PPOConfig, sizes: VLMConfig | None, repeats: int) -> dict:
     "FLOP/s of an epoch of updates, beside large matrix products timed in between. Medians."
     lib, exp, groups = epoch_of(cfg, sizes)
-    flops = sum(update_flops(lib.policy, exp.batch.rows(g), cfg.critic) for g in groups)
+    flops = sum(update_flops(lib.policy, exp.batch.rows(torch.tensor(g)), cfg.critic) for g in groups)
     found = []
     for _ in range(repeats + 1):
         lib.clock.take()
@@ -66,7 +66,8 @@ def update_rate(cfg: PPOConfig, sizes: VLMConfig | None, repeats: int) -> dict:
         peak = matmul_rate(device=lib.policy.vlm.device)
         found.append(dict(ms=1000 * (t["backward"] + t["step"]) / cfg.answers, gflop_per_s=rate / 1e9, matmul_gflop_per_s=peak / 1e9,
                           ratio=rate / peak))
-    padding = padding_share(exp.batch.attention_mask.sum(1), groups)
+    micro = [torch.tensor(g[i:i + cfg.micro_batch]) for g in groups for i in range(0, len(g), cfg.micro_batch)]
+    padding = padding_share(exp.batch.attention_mask.sum(1), micro)
     return dict(width=lib.policy.vlm.width, minibatch=cfg.minibatch, micro_batch=cfg.micro_batch, mflop=flops / cfg.answers / 1e6,
                 padding=padding, **medians(found[1:]))
 

@@ -2,7 +2,6 @@
 import json
 import os
 import platform
-import random
 import resource
 import statistics
 import time
@@ -16,16 +15,17 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import torch
 from transformers.utils import logging
 
-from vlmrlhf_course.ppo import ActorCritic, PPOConfig, PPOTask, make_experience, seed_of
+from vlmrlhf_course.ppo import ActorCritic, PPOConfig, PPOTask, make_experience, minibatches, seed_of
 from vlmrlhf_course.preferences import sample_prompts
 from vlmrlhf_course.reward import RewardConfig, RewardModel
-from vlmrlhf_course.rollout import length_groups, sample
-from vlmrlhf_course.runs import make_accelerator
+from vlmrlhf_course.rollout import sample
+from vlmrlhf_course.runs import keep_memory, make_accelerator
 from vlmrlhf_course.sft import backward_through, pretrained_vlm
 from vlmrlhf_course.vlm import VLM, VLMConfig, build_model, build_processor
 
 RESULTS = Path(__file__).parent / "results"
 logging.disable_progress_bar()
+keep_memory()   # as the command does
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -101,15 +101,14 @@ class Library:
         with self.clock("score"): exp, info = make_experience(self.policy, self.rm, roll, cfg, cfg.beta, step)
         return roll, exp, info
 
-    def groups(self, roll, step: int, epoch: int):
-        "Minibatches: rows of like length, in random order."
-        groups = length_groups(roll.batch.lengths, self.cfg.minibatch)
-        return random.Random(f"order/{self.seed}/{step}/{epoch}").sample(groups, len(groups))
+    def groups(self, roll, step: int):
+        "The minibatches of every epoch."
+        return list(minibatches(roll.batch.lengths, self.cfg, f"{self.seed}/{step}"))
 
     def update(self, exp, group):
         "One optimiser step on some rows."
-        with self.clock("backward"): loss, _ = backward_through(self.task, [(exp, int(i)) for i in group], self.cfg.micro_batch,
-                                                                self.accelerator, shard=False)
+        with self.clock("backward"):
+            loss, _ = backward_through(self.task, [(exp, int(i)) for i in group], self.cfg.micro_batch, self.accelerator, shard=False)
         with self.clock("step"):
             self.accelerator.clip_grad_norm_(self.params, self.cfg.grad_clip)
             self.optimizer.step(); self.optimizer.zero_grad()
@@ -118,8 +117,7 @@ class Library:
     def iteration(self, prompts, step: int):
         with self.clock("all"):
             roll, exp, info = self.experience(prompts, step)
-            for epoch in range(self.cfg.epochs):
-                for group in self.groups(roll, step, epoch): self.update(exp, group)
+            for group in self.groups(roll, step): self.update(exp, group)
         return roll, exp, info
 
 

@@ -101,7 +101,7 @@ class Naive:
         if cfg.reward == "rm+penalty" and prompt.scene:
             text = self.vlm.tokenizer.decode(answer[0], skip_special_tokens=True)
             score = score + penalty(judge(text, prompt.scene), cfg.penalty)
-        if answer[0, -1] != self.vlm.eos_id: score = torch.full_like(score, cfg.no_eos)
+        if answer[0, -1] != self.vlm.eos_id: score = score.clamp(max=cfg.no_eos)
         early = token_scores / rm.scale if cfg.dense else torch.zeros_like(token_scores)
         rewards = early - cfg.beta * (old - ref)
         rewards[0, -1] += score - early.sum()

@@ -196,7 +196,9 @@ def spread(results: list[dict]) -> dict:
 def execute(args) -> int:
     "Carry out parsed arguments."
     import torch
+    from vlmrlhf_course.runs import keep_memory
     torch.set_num_threads(args.threads)
+    keep_memory()
     base = Path(args.out or f"{load_settings().runs}/{Path(args.scale).stem}-seed-{args.seed}")
     if args.verb == "pretrain":
         from vlmrlhf_course.pretrain import pretrain

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_EMERGENCIES', 'ppo_policy_loss', 'value_loss', 'PPOConfig', 'check_ppo', 'ActorCritic', 'phase', 'answer_scores',
-           'Experience', 'answer_figures', 'make_experience', 'PPOTask', 'ppo_optimizer', 'PPOState', 'seed_of',
-           'validate', 'minibatches', 'mean_of', 'train_ppo', 'ppo_stage']
+           'Experience', 'answer_figures', 'read_answers', 'make_experience', 'PPOTask', 'ppo_optimizer', 'PPOState',
+           'seed_of', 'validate', 'minibatches', 'mean_of', 'train_ppo', 'ppo_stage']
 
 # %% ../nbs/10_ppo.ipynb #imports
 import hashlib
@@ -62,7 +62,7 @@ class PPOConfig:
     answers: int = 160                # sampled in each iteration, over all processes
     epochs: int = 3
     minibatch: int = 80
-    micro_batch: int = 80
+    micro_batch: int = 20             # answers that one process computes at once; these have like lengths
     pool: int = 2000                  # prompts to draw from
     kinds: dict[str, float] = field(default_factory=lambda: dict(detail=.85, brief=.15))
     critic: str = "head"              # or `adapter`: see ActorCritic
@@ -77,7 +77,7 @@ class PPOConfig:
     lam: float = 0.95
     temperature: float = 1.0          # of sampling, and of the ratio
     max_new_tokens: int = 72
-    no_eos: float = -4.0              # score of an answer that never ended
+    no_eos: float = -4.0              # an answer that never ended scores this at most
     length_cost: float = 0.0          # points for each token
     controller: str = "adaptive"
     beta: float = 0.05
@@ -153,9 +153,9 @@ def answer_scores(
     roll: Rollout,
     cfg: PPOConfig,
     step: int = 0,
-    states: torch.Tensor | None = None,   # the reward model's, where they are known
+    states: torch.Tensor | None = None,   # (B, A+1, H) the reward model's, where they are known
 ) -> tuple[torch.Tensor, dict]:           # (B,) scores for PPO, and figures
-    "The reward of each answer: learned, learned + penalty, or the exact score. An answer without EOS gets `no_eos`."
+    "The reward of each answer: learned, learned + penalty, or the exact score. An answer without EOS gets `no_eos` at most."
     said = texts(rm.vlm, roll)
     learned = rm(roll.batch, states)
     truth = torch.tensor([true_score(p, a) if p.scene else 0. for p, a in zip(roll.prompts, said)], device=learned.device)
@@ -168,7 +168,8 @@ def answer_scores(
         extra = torch.tensor(extra, device=learned.device)
         score, info["penalty"] = learned + extra, float(extra.mean())
     elif cfg.reward != "rm": raise ValueError(f"reward {cfg.reward!r}: give rm, rm+penalty or gold")
-    score = torch.where(roll.ended, score - cfg.length_cost * roll.batch.lengths, cfg.no_eos)
+    score = score - cfg.length_cost * roll.batch.lengths
+    score = torch.where(roll.ended, score, score.clamp(max=cfg.no_eos))   # at most: a worse answer must not gain by never ending
     return score, info | dict(score=float(score.mean()), ended=float(roll.ended.float().mean()))
 
 # %% ../nbs/10_ppo.ipynb #experience
@@ -196,6 +197,30 @@ def answer_figures(
     return dict(kl=float(kl.mean()), kl_max=float(kl.max()), kl_token=float(kl.sum() / mask.sum()), length=float(lengths.float().mean()),
                 unique=float((different / lengths.clamp(min=1)).mean()), perplexity=float(masked_mean(-roll.logprobs, mask).exp()))
 
+# %% ../nbs/10_ppo.ipynb #read
+@torch.no_grad()
+def read_answers(
+    policy: ActorCritic,
+    rm: RewardModel,
+    roll: Rollout,
+    cfg: PPOConfig,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:   # (B, A), (B, A+1, H), (B, A+1); zeros where an answer has no token
+    "Log-probabilities under the reference, the reward model's states, the critic's values: `micro_batch` answers of like length at a time."
+    batch, found = roll.batch, []
+    groups = length_groups(batch.lengths, cfg.micro_batch)
+    for rows in groups:
+        b = batch.rows(rows)
+        ref = token_logprobs(policy.vlm.rule_out(policy.vlm.answer_logits(b)), b.answers, roll.temperature)
+        states = rm.states(b)
+        found.append((ref, states, policy.values(b, states if cfg.critic == "head" else None)))
+    def whole(parts, width):
+        out = parts[0].new_zeros(len(batch), width, *parts[0].shape[2:])
+        for rows, part in zip(groups, parts): out[rows, :part.shape[1]] = part
+        return out
+    A = batch.answers.shape[1]
+    return tuple(whole(parts, width) for parts, width in zip(zip(*found), (A, A + 1, A + 1)))
+
+
 # %% ../nbs/10_ppo.ipynb #make-experience
 @torch.no_grad()
 def make_experience(
@@ -208,20 +233,18 @@ def make_experience(
     reduce=lambda x: x,             # sums a tensor over processes
 ) -> tuple[Experience, dict]:
     "Score answers, charge KL for each token, estimate advantages."
-    b, vlm = roll.batch, policy.vlm
-    mask = b.answer_mask
-    ref = token_logprobs(vlm.rule_out(vlm.answer_logits(b)), b.answers, roll.temperature)
-    rm_states = rm.states(b)
-    score, info = answer_scores(rm, roll, cfg, step, rm_states)
-    states = rm_states[:, b.prompt_length - 1:] if cfg.critic == "head" else None
-    values = policy.values(b, states)[:, :-1]
-    early = rm.token_scores(b, rm_states) / rm.scale if cfg.dense and rm.cfg.kind == "token" else torch.zeros_like(ref)
+    mask = roll.batch.answer_mask
+    ref, states, values = read_answers(policy, rm, roll, cfg)
+    values = values[:, :-1]
+    score, info = answer_scores(rm, roll, cfg, step, states)
+    early = rm.token_scores(roll.batch, states) / rm.scale if cfg.dense and rm.cfg.kind == "token" else torch.zeros_like(ref)
     rewards = early + token_rewards(score - early.sum(1), beta * kl_estimate(roll.logprobs, ref, "k1"), mask)
     advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)
     var = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
     unexplained = masked_mean((returns - values) ** 2, mask) / var.clamp(min=1e-8)
     info |= answer_figures(roll, ref) | dict(explained_variance=float(1 - unexplained), score_std=float(score.std(correction=0)))
-    return Experience(b, roll.logprobs, values, whiten(advantages, mask, reduce=reduce), returns, states), info
+    states = states if cfg.critic == "head" else None
+    return Experience(roll.batch, roll.logprobs, values, whiten(advantages, mask, reduce=reduce), returns, states), info
 
 # %% ../nbs/10_ppo.ipynb #task
 class PPOTask(nn.Module):
@@ -306,34 +329,39 @@ def seed_of(*parts) -> int: return int.from_bytes(hashlib.sha256(repr(parts).enc
 def validate(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], cfg: PPOConfig, beta: float) -> float:
     "Mean score minus its KL cost on validation prompts: what the run maximises, on pictures it does not train on."
     roll = sample(policy.vlm, prompts, "actor", cfg.temperature, cfg.max_new_tokens, seed=1)
-    score, _ = answer_scores(rm, roll, cfg)
-    ref = token_logprobs(policy.vlm.rule_out(policy.vlm.answer_logits(roll.batch)), roll.batch.answers, cfg.temperature)
+    ref, states, _ = read_answers(policy, rm, roll, cfg)
+    score, _ = answer_scores(rm, roll, cfg, states=states)
     return float((score - beta * (kl_estimate(roll.logprobs, ref, "k3") * roll.batch.answer_mask).sum(1)).mean())
+
 
 # %% ../nbs/10_ppo.ipynb #minibatches
 def minibatches(lengths: torch.Tensor, cfg: PPOConfig, key: str, world: int = 1):
-    "`epochs` times over the rows of a batch, in groups of like length: yields index tensors, in random order."
+    "`epochs` times over the rows of a batch, in random minibatches. Each is sorted by length, so that its micro-batches hold little padding."
+    lengths, size = lengths.tolist(), cfg.minibatch // world
     for epoch in range(cfg.epochs):
-        groups = length_groups(lengths, cfg.minibatch // world)
-        yield from random.Random(f"order/{key}/{epoch}").sample(groups, len(groups))
+        order = random.Random(f"order/{key}/{epoch}").sample(range(len(lengths)), len(lengths))
+        for i in range(0, len(order), size): yield sorted(order[i:i + size], key=lengths.__getitem__)
 
 
 def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
     "The mean of each figure; nothing where there are no rows."
     return {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]} if rows else {}
 
+
 # %% ../nbs/10_ppo.ipynb #loop
 def train_ppo(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], validation: list[Prompt], cfg: PPOConfig, folder: Path,
               seed: int = 0) -> PPOState:
     "PPO. Resumes from the last checkpoint in `folder`; leaves the best (or last) policy in `policy`."
     accelerator = make_accelerator()
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if cfg.answers % world or cfg.minibatch % world:
+        raise UserError(f"answers={cfg.answers} and minibatch={cfg.minibatch} must be multiples of the number of processes, {world}")
     task, optimizer = accelerator.prepare(PPOTask(policy, cfg), ppo_optimizer(policy, cfg))
     state, guard = PPOState(policy, cfg), StepGuard(accelerator, folder.name)
     accelerator.register_for_checkpointing(state, guard)
     saved = Checkpoints(folder / "checkpoints", accelerator)
     start = saved.load()
     log = MetricLog(folder, start, accelerator.is_main_process)
-    rank, world = accelerator.process_index, accelerator.num_processes
     for step in progress(range(start, cfg.iterations), folder.name):
         name, lr, kl_factor = phase(step, cfg)
         for group, rate in zip(optimizer.param_groups, (cfg.actor_lr * lr, cfg.critic_lr)): group["lr"] = rate * state.lr_scale
@@ -347,7 +375,7 @@ def train_ppo(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], valid
         if emergency: optimizer.state.clear()                         # Adam's moments point where the weights came from
         updates = []
         for rows in () if emergency else minibatches(roll.batch.lengths, cfg, f"{seed}/{step}", world):
-            loss, metrics = backward_through(task, [(exp, int(i)) for i in rows], cfg.micro_batch, accelerator, shard=False)
+            loss, metrics = backward_through(task, [(exp, i) for i in rows], cfg.micro_batch, accelerator, shard=False)
             norm = float(accelerator.clip_grad_norm_(state.params, cfg.grad_clip))
             if guard(step, loss, norm):
                 optimizer.step()

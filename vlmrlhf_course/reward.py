@@ -98,12 +98,14 @@ class RewardModel(nn.Module):
         self.register_buffer("shift", torch.zeros((), device=vlm.device)), self.register_buffer("scale", torch.ones((), device=vlm.device))
         self.eval()
 
-    def states(self, batch: Batch) -> torch.Tensor: return self.vlm.hidden(batch, "reward")   # (B, P+A, H)
+    def states(self, batch: Batch) -> torch.Tensor:
+        "(B, A+1, H): the trunk's states from the question's last token on, one before and one after each answer token."
+        return self.vlm.hidden(batch, "reward")[:, batch.prompt_length - 1:]
 
     def token_scores(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
         "The head's output: (B, A) for the kind `token`, 0 at padding; (B,) for `scalar`."
         states = self.states(batch) if states is None else states
-        out = self.head(states[:, batch.prompt_length:], batch.answer_mask)
+        out = self.head(states[:, 1:], batch.answer_mask)
         return out * batch.answer_mask if self.cfg.kind == "token" else out
 
     def forward(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:

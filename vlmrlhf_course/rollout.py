@@ -49,8 +49,8 @@ def sample(
     temperature: float = 1.0,
     max_new_tokens: int = 72,
     seed: int = 0,
-    drop: float = 2.,               # rows that are done leave the batch as soon as they are this share of it (2: never)
-    merge: bool = False,            # speak with the adapter added into the trunk's weights
+    drop: float = 1 / 8,            # rows that are done leave the batch as soon as they are this share of it (2: never)
+    merge: bool = True,             # speak with the adapter added into the trunk's weights
 ) -> Rollout:
     "Sample one answer for each prompt; `drop` and `merge` save time and change who gets which random number. Raises ValueError at temperature 0."
     if temperature <= 0: raise ValueError(f"temperature {temperature}: sampling needs one above 0; for greedy answers use `answer`")

@@ -10,11 +10,13 @@ __all__ = ['careless', 'SFTTask', 'warmup_cosine', 'FitConfig', 'backward_throug
 # %% ../nbs/03_sft.ipynb #imports
 import math
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, variance
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 from .runs import Checkpoints, MetricLog, Run, StepGuard, check_mixture, check_ranges, make_accelerator, progress
@@ -80,20 +82,30 @@ class FitConfig:
         check_ranges(self, lr="[0, inf)", warmup="[0, 1]", clip="(0, inf)", weight_decay="[0, inf)", **counts)
 
 # %% ../nbs/03_sft.ipynb #backward
-def backward_through(task, items, micro_batch, accelerator, shard=True):
+def backward_through(
+    task: nn.Module,        # as `accelerator.prepare` returned it
+    items: list,            # the global batch; with `shard=False` this process's part of it, of the same size on all
+    micro_batch: int,       # items that one process holds at once
+    accelerator: Accelerator,
+    shard: bool = True,
+) -> tuple[float, dict]:    # loss of the global batch, and this process's metrics
     "Backward through one global batch, micro-batch by micro-batch; the loss is normalised over the whole of it."
-    bare = accelerator.unwrap_model(task)
-    mine = items[accelerator.process_index::accelerator.num_processes] if shard else items
-    batches = [bare.collate(mine[i:i + micro_batch]) for i in range(0, len(mine), micro_batch)]
-    count = torch.tensor(float(sum(bare.count(b) for b in batches)), device=accelerator.device)
+    if not items: raise ValueError("an empty batch: give at least one item")
+    bare, world = accelerator.unwrap_model(task), accelerator.num_processes
+    mine = items[accelerator.process_index::world] if shard else items
+    parts = [mine[i:i + micro_batch] for i in range(0, math.ceil(len(items) / (world if shard else 1)), micro_batch)]
+    batches = [bare.collate(part or items[:1]) for part in parts]   # who has less than the others does an item that counts for nothing
+    count = torch.tensor(float(sum(bare.count(b) for b, part in zip(batches, parts) if part)), device=accelerator.device)
     total = accelerator.reduce(count, "sum").clamp(min=1)
-    loss, metrics = 0., {}
-    for b in batches:
-        part, more = task(b)
-        accelerator.backward(part * accelerator.num_processes / total)  # DDP averages over processes: undo that
-        loss += float(part.detach() / total)
-        metrics = {k: metrics.get(k, 0.) + v / len(batches) for k, v in more.items()}
-    return loss, metrics
+    loss, metrics = torch.zeros_like(total), {}
+    for i, (b, part) in enumerate(zip(batches, parts)):
+        with accelerator.no_sync(task) if i + 1 < len(parts) else nullcontext():   # processes exchange gradients once
+            summed, more = task(b)
+            accelerator.backward(summed * bool(part) * world / total)              # DDP averages over processes: undo that
+        loss += summed.detach() * bool(part) / total
+        metrics = {k: metrics.get(k, 0.) + v / len(parts) for k, v in more.items()}
+    return float(accelerator.reduce(loss, "sum")), metrics
+
 
 # %% ../nbs/03_sft.ipynb #fit-loop
 def fit(

@@ -9,6 +9,7 @@ __all__ = ['build_tokenizer', 'VLMConfig', 'build_model', 'build_processor', 'Ba
 # %% ../nbs/02_vlm.ipynb #imports
 import copy
 import random
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -253,7 +254,11 @@ def add_role(
         if like and like not in self.roles: raise ValueError(f"role {like!r} is an adapter: a full copy can start from the trunk or another copy")
         self.roles[name] = nn.ModuleList(_bare(copy.deepcopy(part)).requires_grad_(True) for part in self.parts(like))
         return
-    inject_adapter_in_model(LoraConfig(r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules="all-linear"), self.language, name)
+    with warnings.catch_warnings():   # several adapters on one model are what we want
+        warnings.filterwarnings("ignore", message="Already found a .peft_config")
+        inject_adapter_in_model(LoraConfig(r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules="all-linear"),
+                                self.language, name)
+    self.language.eval()              # dropout would make two passes of one policy differ: a ratio that is not 1. `RewardModel.train` turns it on
     for layer in self.lora_layers():
         if like:
             for side in (layer.lora_A, layer.lora_B): side[name].load_state_dict(side[like].state_dict())
