@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from safetensors import SafetensorError
 from .settings import UserError, alone, load_settings, nearest, scales, write_text
@@ -37,7 +38,7 @@ def sections() -> dict:
     return dict(world=(WorldConfig, None), sft=(SFTConfig, None), preferences=(PreferencesConfig, None), reward=(RewardConfig, None),
                 reward_small=(RewardConfig, "reward"), ppo=(PPOConfig, None), **ppo, evaluate=(EvaluateConfig, None))
 
-# %% ../nbs/91_cli.ipynb #parser
+# %% ../nbs/91_cli.ipynb #arguments
 class Parser(argparse.ArgumentParser):
     "argparse, with one line for a mistake."
     def error(self, message): raise UserError(f"{message}; see {self.prog} --help")
@@ -57,7 +58,7 @@ def _folder(text: str) -> str:
     if not text.strip(): raise argparse.ArgumentTypeError("'': give a folder")
     return text
 
-
+# %% ../nbs/91_cli.ipynb #parser
 def build_parser() -> argparse.ArgumentParser:
     "The command line."
     s = load_settings()
@@ -236,6 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     quiet = dict(TRANSFORMERS_VERBOSITY="error", TRANSFORMERS_NO_ADVISORY_WARNINGS="1", HF_HUB_OFFLINE="1",
                  HF_HUB_DISABLE_PROGRESS_BARS="1")
     for key, value in quiet.items(): os.environ.setdefault(key, value)
+    warnings.filterwarnings("ignore", "Already found a `peft_config`")   # one model, several adapters: that is meant
     if os.environ.get("VLMRLHF_ARM"): end_with_parent()
     try: return execute(build_parser().parse_args(argv))
     except UserError as e: line, status = f"vlmrlhf: {e}", 2
