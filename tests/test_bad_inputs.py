@@ -94,7 +94,7 @@ def test_command_line(capsys, tmp_path, argv, words):
     ("gold.eval_every=0", ["gold", "eval_every=0"]),
     ("ppo.answers=5000", ["5000", "pool"]),
     ("ppo.kinds={}", ["ppo.kinds is empty"]),
-    ("ppo.kinds.poem=1", ["kinds.poem", "unknown"]),
+    ("ppo.kinds.poem=1", ["kinds.poem", "give some of detail"]),
     ("ppo.kinds.breif=1", ["did you mean 'brief'"]),
     ("ppo.kinds.text=1", ["kinds.text"]),
     ("ppo.kinds.detail=-1", ["kinds.detail=-1"]),
