@@ -298,7 +298,7 @@ class PPOState:
         self.control.beta, self.lr_scale, self.best, self.emergencies = s["beta"], s["lr_scale"], s["best"], s["emergencies"]
         self.good, self.best_weights = s["good"], s["best_weights"]
 
-# %% ../nbs/10_ppo.ipynb #validate
+# %% ../nbs/10_ppo.ipynb #loop-parts
 def seed_of(*parts) -> int: return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
 
 
@@ -310,7 +310,7 @@ def validate(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], cfg: P
     ref = token_logprobs(policy.vlm.rule_out(policy.vlm.answer_logits(roll.batch)), roll.batch.answers, cfg.temperature)
     return float((score - beta * (kl_estimate(roll.logprobs, ref, "k3") * roll.batch.answer_mask).sum(1)).mean())
 
-# %% ../nbs/10_ppo.ipynb #minibatches
+
 def minibatches(lengths: torch.Tensor, cfg: PPOConfig, key: str, world: int = 1):
     "`epochs` times over the rows of a batch, in groups of like length: yields index tensors, in random order."
     for epoch in range(cfg.epochs):
