@@ -20,6 +20,8 @@ from pathlib import Path
 os.environ.update(OMP_NUM_THREADS="1", VLMRLHF_QUIET="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error",
                   TRANSFORMERS_NO_ADVISORY_WARNINGS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
 
+from accelerate.state import AcceleratorState
+
 from vlmrlhf_course import cli, evaluate  # noqa: F401  (evaluate imports everything that a run needs)
 
 ARMS = ("ppo", "ppo_rm", "gold", "hacked")
@@ -33,8 +35,8 @@ SMALLER = ("sft.projector.steps=4 sft.projector.save_every=1 sft.language.steps=
 # --- processes ------------------------------------------------------------------------------------------------------
 
 class Forked:
-    "A forked process that runs `vlmrlhf`, with the methods of Popen that the library uses."
-    def __init__(self, argv, log: Path, arm: bool = False):
+    "A forked process that runs `vlmrlhf`, with the methods of Popen that the library uses. `env` as at the start of a program."
+    def __init__(self, argv, log: Path, **env: str):
         self.returncode, (end, self.stdin) = None, os.pipe()
         self.pid = os.fork()
         if self.pid:
@@ -45,8 +47,9 @@ class Forked:
             os.dup2(end, 0)
             for fd in (1, 2): os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-            if arm: os.environ["VLMRLHF_ARM"] = "1"
-            else: os.setsid()
+            os.environ.update(env)
+            if "VLMRLHF_ARM" not in env: os.setsid()
+            AcceleratorState._reset_state(reset_partial_state=True)   # what a process that has just started knows
             cli._start_arm = start_arm
             status = cli.main([str(a) for a in argv])
             sys.stdout.flush(), sys.stderr.flush()
@@ -71,7 +74,7 @@ class Forked:
 def start_arm(run, args, arm):
     argv = ["ppo", "--arm", arm, "--out", run.folder, "--scale", args.scale, "--seed", run.seed] + (["--set", *args.set] if args.set else [])
     run.path(arm).mkdir(parents=True, exist_ok=True)
-    return Forked(argv, run.path(arm) / "stderr.log", arm=True)
+    return Forked(argv, run.path(arm) / "stderr.log", VLMRLHF_ARM="1")
 
 
 def children(pid: int) -> list[int]:

@@ -271,9 +271,9 @@ MUTANTS = [
     *of("world.judge", HAND + "absent",
         ("relations with absent things are judged", "r[0] in there and r[2] in there", "r[0] in there")),
     *of("world._relation_holds", MATHS + "'test_judge or beside'", ("no direction at all", 'if relation == "beside"', "if relation")),
+    *of("world.summarise", HAND + "chair_s", ("objects, not answers", "bool(v.false_objects)", "len(v.false_objects)")),
     *of("world.summarise", MATHS + "summary",
         ("share of the true", 'total("false_objects"), total("true_objects")', 'total("true_objects"), total("false_objects")'),
-        ("objects, not sentences", "bool(v.false_objects)", "len(v.false_objects)"),
         ("sum of recalls", "sum(v.recall for v in verdicts) / n", "sum(v.recall for v in verdicts)")),
 ]
 

@@ -94,7 +94,7 @@ def test_command_line(capsys, tmp_path, argv, words):
     ("gold.eval_every=0", ["gold", "eval_every=0"]),
     ("ppo.answers=5000", ["5000", "pool"]),
     ("ppo.kinds={}", ["ppo.kinds is empty"]),
-    ("ppo.kinds.poem=1", ["kinds.poem", "unknown"]),
+    ("ppo.kinds.poem=1", ["kinds.poem", "give some of detail"]),
     ("ppo.kinds.breif=1", ["did you mean 'brief'"]),
     ("ppo.kinds.text=1", ["kinds.text"]),
     ("ppo.kinds.detail=-1", ["kinds.detail=-1"]),
@@ -356,13 +356,15 @@ BAD_MODELS = {
     "no processor": (lambda f: (f / "processor_config.json").unlink(), ["processor"]), "no image token": (no_image_token, ["image"])}
 
 
-class TestModels:
-    @pytest.fixture(scope="class")
-    def saved(self, tmp_path_factory, _base):
-        folder = tmp_path_factory.mktemp("model") / "good"
-        save_vlm(_base, folder)
-        return folder
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, _base):
+    "A whole model."
+    folder = tmp_path_factory.mktemp("model") / "good"
+    save_vlm(_base, folder)
+    return folder
 
+
+class TestModels:
     @pytest.mark.parametrize("name", BAD_MODELS)
     def test_is_no_whole_vlm(self, capsys, saved, tmp_path, name):
         spoil, words = BAD_MODELS[name]
@@ -430,13 +432,15 @@ class TestFolders:
         assert main(argv) == 130, "and with its own it goes on"
 
 
-class TestDamagedRun:
-    @pytest.fixture(scope="class")
-    def spoiled(self, smoke_run, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("spoiled") / "run"
-        shutil.copytree(smoke_run, folder)
-        return folder
+@pytest.fixture(scope="module")
+def spoiled(smoke_run, tmp_path_factory):
+    "A finished run, to be damaged and mended."
+    folder = tmp_path_factory.mktemp("spoiled") / "run"
+    shutil.copytree(smoke_run, folder)
+    return folder
 
+
+class TestDamagedRun:
     @pytest.mark.parametrize("file, spoil, verb, words", [
         ("report.json", lambda f: f.write_text("{"), "run", ["not JSON", "delete it"]),
         ("hacked/metrics.jsonl", lambda f: f.write_text('{"step": 0\n{"step": 1}\n'), "evaluate", ["line 1", "not JSON"]),

@@ -18,7 +18,7 @@ from vlmrlhf_course.reward import RewardTask, ScoreHead, group_pairs, score_text
 from vlmrlhf_course.rollout import sample
 from vlmrlhf_course.sft import FitConfig, SFTTask, fit
 from vlmrlhf_course.vlm import answer, token_logprobs
-from vlmrlhf_course.world import judge
+from vlmrlhf_course.world import judge, summarise
 
 
 def reference(cast, roll):
@@ -136,6 +136,11 @@ def test_a_gap_of_just_the_limit_gives_a_pair():
 def test_relations_with_absent_things_are_not_judged_again(text):
     v = judge(text, SCENE)
     assert v.false_objects and not v.false_relations and not v.true_relations
+
+
+def test_chair_s_counts_answers_not_objects():
+    s = summarise([judge("a fish and a lamp .", SCENE), judge("a cat .", SCENE)])
+    assert s["chair_s"] == .5 and s["chair_i"] == pytest.approx(2 / 3)
 
 
 def test_fit_by_hand(vlm, prompts, tmp_path):

@@ -3,17 +3,21 @@ import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import kill
 import pytest
 import torch
 from conftest import REPO
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-from vlmrlhf_course import ppo, runs, sft
+from vlmrlhf_course import cli, ppo, runs, sft
 from vlmrlhf_course.cli import build_parser, main, spread
 
 POLICIES = ("sft", "sft_blank", "ppo_rm", "ppo", "best_of_n", "gold")
@@ -267,3 +271,102 @@ def test_another_seed_gives_other_weights(smoke_run, tmp_path):
     assert main(["sft", "--scale", "smoke", "--seed", "1", "--out", str(tmp_path / "run")]) == 0
     a, b = (load_file(f / "sft" / "language" / "model.safetensors") for f in (smoke_run, tmp_path / "run"))
     assert any(not torch.equal(a[k], b[k]) for k in a)
+
+
+# --- killed, full, alone --------------------------------------------------------------------------------------------
+
+def rows(file): return file.read_bytes().count(b"\n") if file.is_file() else 0
+
+
+def test_killed_three_times(smoke_run, tmp_path):
+    """SIGKILL in the middle of SFT, while a checkpoint is being written, and in the evaluation: the end is, file by file, that of the run
+    that was left alone. (`python tests/kill.py` does this at random moments, many times.)"""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    argv = ["run", "--scale", "smoke", "--out", folder]
+    for moment in (lambda: rows(folder / "sft" / "fit-language" / "metrics.jsonl") >= 2, lambda: kill.half_written(folder),
+                   lambda: kill.begun(folder, "evaluate")):
+        process = kill.Forked(argv, log)
+        assert kill.wait_until(moment, process), log.read_text()
+        assert kill.kill(process, "group") == "group"
+        argv = [*argv, "--resume"] if "--resume" not in argv else argv
+    assert kill.Forked(argv, log).wait() == 0, log.read_text()
+    assert "chair_i" in log.read_text() and not kill.differences(smoke_run, folder)
+    report = (folder / "report.json").read_bytes()
+    assert kill.Forked(argv, log).wait() == 0 and (folder / "report.json").read_bytes() == report, "a finished run is only read"
+
+
+def test_arms_end_with_the_run(tmp_path):
+    "A run that is killed takes its arms with it: each watches its standard input, which closes then."
+    arm = "import time; from vlmrlhf_course.cli import end_with_parent; end_with_parent(); print('up', flush=True); time.sleep(100)"
+    run = f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', {arm!r}], stdin=subprocess.PIPE); time.sleep(100)"
+    with subprocess.Popen([sys.executable, "-c", run], env={**os.environ, "PYTHONPATH": str(REPO)}, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "up\n"
+        start = time.time()
+        process.kill()
+        assert process.stdout.read() == "" and time.time() - start < 60, "it comes back when the arm, too, has closed it"
+
+
+def test_arms_are_started_so(tmp_path, monkeypatch):
+    "What the arm needs to see its parent die; and every option of the run."
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **how: started.append((command, how)))
+    args = build_parser().parse_args(["run", "--scale", "smoke", "--skip-bad", "--threads", "3", "--set", "ppo.clip=.1", "ppo.beta=.2"])
+    cli._start_arm(runs.Run(tmp_path, "smoke", seed=4), args, "gold")
+    (command, how), = started
+    assert how["stdin"] == subprocess.PIPE and how["env"]["VLMRLHF_ARM"] == "1"
+    again = build_parser().parse_args(command[command.index("ppo"):])
+    assert again.arm == "gold" and again.seed == 4 and again.skip_bad and again.threads == 3 and again.set == args.set and again.out == str(tmp_path)
+
+
+def mount(folder, megabytes, *more):
+    return not subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join([f"size={megabytes}m", *more]), "tmpfs", str(folder)], capture_output=True).returncode
+
+
+@pytest.mark.parametrize("size, save_every, words", [
+    (16, 1, ["checkpoint after step 2", "the one after step 1 is whole", "make room"]),   # in the middle of training …
+    (6, 100, ["cannot write", "No space left", "make room"])], ids=["checkpoint", "weights"])   # … and at its end
+def test_full_disk(smoke_run, tmp_path, capsys, size, save_every, words):
+    "One line, status 2, what was saved before is whole; with room on the disk the same command goes on, to the same end."
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if not mount(disk, size): pytest.skip("needs root, to mount a small file system")
+    try:
+        argv = ["sft", "--scale", "smoke", "--out", disk / "run", "--set", f"sft.projector.save_every={save_every}", f"sft.language.save_every={save_every}"]
+        line = fails(capsys, *argv)
+        assert all(w in line for w in words), line
+        assert not list(disk.rglob(".part-2")), "half a checkpoint takes room for nothing"
+        assert mount(disk, 64, "remount")
+        assert main(list(map(str, argv))) == 0
+        same_files(smoke_run / "sft", disk / "run" / "sft", ["language/model.safetensors", "fit-language/metrics.jsonl"])
+    finally: subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+# --- two processes --------------------------------------------------------------------------------------------------
+
+def two_processes(folder, steps=8, **env):
+    "Two processes that do SFT together, as torchrun would start them."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    argv = ["sft", "--scale", "smoke", "--out", folder, "--set", f"sft.language.steps={steps}", "sft.language.save_every=2"]
+    where = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    return [kill.Forked(argv, folder.with_suffix(f".{rank}"), RANK=str(rank), LOCAL_RANK=str(rank), **where, **env) for rank in (0, 1)]
+
+
+def test_one_of_two_processes_is_lost(tmp_path):
+    "Killed, or stopped for ever: the other one says so and ends; the run then continues to the same bits."
+    alone, folder = tmp_path / "alone", tmp_path / "run"
+    assert [p.wait() for p in two_processes(alone)] == [0, 0], alone.with_suffix(".0").read_text()
+    metrics = folder / "sft" / "fit-language" / "metrics.jsonl"
+    for lost, sign, after in ((1, signal.SIGKILL, 3), (1, signal.SIGSTOP, 5), (0, signal.SIGKILL, 7)):
+        pair = two_processes(folder, VLMRLHF_TIMEOUT="5")
+        assert kill.wait_until(lambda: rows(metrics) >= after, pair[1 - lost])
+        os.kill(pair[lost].pid, sign)
+        start = time.time()
+        assert pair[1 - lost].wait() == 3 and time.time() - start < 60
+        os.kill(pair[lost].pid, signal.SIGKILL), pair[lost].wait()
+        said = [line for line in folder.with_suffix(f".{1 - lost}").read_text().splitlines() if line.startswith("vlmrlhf: ")]
+        assert "another process of this run is gone or stuck" in said[-1] and "continues" in said[-1]
+        assert "Traceback" not in folder.with_suffix(f".{1 - lost}").read_text()
+    assert [p.wait() for p in two_processes(folder)] == [0, 0], folder.with_suffix(".0").read_text()
+    same_files(alone / "sft", folder / "sft", ["projector/model.safetensors", "language/model.safetensors", "fit-language/metrics.jsonl"])

@@ -1,11 +1,17 @@
 "Settings, overrides, stages, records, metrics and checkpoints."
 import json
+import os
+import resource
+import shutil
+import signal
+import time
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 from torch import nn
 
+import vlmrlhf_course.runs as runs_module
 from vlmrlhf_course.runs import (Checkpoints, MetricLog, Run, Settings, StepGuard, UserError, build_config, course_run, load_layers,
                                  load_settings, make_accelerator, nearest, read_jsonl, scales, write_jsonl, write_text)
 from vlmrlhf_course.sft import FitConfig, fit
@@ -124,6 +130,51 @@ class TestStages:
         with pytest.raises(UserError): run.done("stage", dict(seed=0))
         assert not run.done("another", uses)
 
+    def test_a_stage_in_progress_remembers_its_settings(self, tmp_path):
+        run = Run(tmp_path, "smoke")
+        assert not run.done("stage", dict(seed=0, s=dict(a=1)))
+        with pytest.raises(UserError, match=r"other settings \(s\.a\)"): Run(tmp_path, "smoke").done("stage", dict(seed=0, s=dict(a=2)))
+        with pytest.raises(UserError, match=r"other settings \(s\.b\)"): Run(tmp_path, "smoke").done("stage", dict(seed=0, s=dict(a=1, b=3)))
+        assert not run.done("stage", dict(seed=0, s=dict(a=1)))
+        assert not (tmp_path / "stage" / "done.json").exists()
+
+    def test_finish_sweeps(self, tmp_path):
+        run, uses = Run(tmp_path, "smoke"), dict(seed=0)
+        run.done("stage", uses)
+        for file in ("checkpoints/step-1/model.bin", "fit/checkpoints/.part-2/model.bin", ".part-language/config.json", ".metrics.jsonl.4711", "result.json", ".mine"):
+            (tmp_path / "stage" / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "stage" / file).write_text("x")
+        run.finish("stage", uses)
+        assert sorted(f.name for f in (tmp_path / "stage").rglob("*")) == [".mine", "done.json", "fit", "result.json"]
+
+    def test_two_processes_take_turns(self, tmp_path, capfd):
+        "The second one waits for the first, says so, and finds its work done."
+        uses, (read, write) = dict(seed=0), os.pipe()
+        run = Run(tmp_path, "smoke")
+        assert not run.done("stage", uses)
+        if not (child := os.fork()):
+            try:
+                runs_module.unlock()   # a process that has just started holds nothing
+                answer = Run(tmp_path, "smoke").done("stage", uses)
+                os.write(write, b"found" if answer else b"makes it again")
+            finally: os._exit(0)
+        while "waiting for it" not in (said := capfd.readouterr().err): time.sleep(.01)
+        assert f"{tmp_path / 'stage'}: another process is at work there" in said
+        run.finish("stage", uses)
+        os.waitpid(child, 0)
+        assert os.read(read, 100) == b"found"
+
+    def test_a_lock_goes_with_its_process(self, tmp_path):
+        if not (child := os.fork()):
+            runs_module.lock(tmp_path / "stage")
+            (tmp_path / "locked").touch()
+            time.sleep(100)
+        while not (tmp_path / "locked").exists(): time.sleep(.01)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        runs_module.lock(tmp_path / "stage")
+        runs_module.unlock()
+
     def test_course_run_has_a_folder_for_each_configuration(self, tmp_path, monkeypatch):
         monkeypatch.setenv("VLMRLHF_CACHE", str(tmp_path / "cache"))
         runs = [course_run("smoke"), course_run("smoke", seed=1), course_run("smoke", overrides=["ppo.clip=0.1"]), course_run("lesson")]
@@ -232,6 +283,51 @@ class TestCheckpoints:
         assert again.load() == 1 and counter.n == 1
         again.save(2)
         assert again.steps() == [1, 2]
+
+    @pytest.mark.parametrize("how", ["half", "one byte less", "one bit", "empty", "gone"])
+    def test_a_damaged_checkpoint_never_counts(self, tmp_path, capsys, how):
+        "Whichever of its files is hit, however: the one before it is taken, and that is said."
+        saved, net, opt, counter = self.make(tmp_path / "c")
+        for i in (1, 2):
+            self.step(net, opt, counter); saved.save(i)
+        every = sorted(f.relative_to(tmp_path) for f in (tmp_path / "c" / "step-2").rglob("*") if f.is_file())
+        assert len(every) >= 5 and any("manifest" in str(f) for f in every)
+        for k, name in enumerate(every):
+            shutil.copytree(tmp_path / "c", folder := tmp_path / f"damaged-{k}")
+            file = folder / name.relative_to("c")
+            data = bytearray(file.read_bytes())
+            if how == "half": data = data[:len(data) // 2]
+            if how == "one byte less": data = data[:-1]
+            if how == "one bit": data[len(data) // 2] ^= 1
+            if how == "empty": data = b""
+            file.unlink() if how == "gone" else file.write_bytes(data)
+            again, _, _, counter = self.make(folder)
+            capsys.readouterr()
+            assert again.load() == 1 and counter.n == 1, name
+            said = capsys.readouterr().err.splitlines()
+            assert len(said) == 1 and str(folder / "step-2") in said[0] and "does not count" in said[0] and "going back" in said[0], said
+
+    def test_all_are_damaged(self, tmp_path):
+        saved, net, opt, counter = self.make(tmp_path / "c")
+        for i in (1, 2): self.step(net, opt, counter); saved.save(i)
+        for manifest in (tmp_path / "c").rglob("manifest.json"): manifest.unlink()
+        again, _, _, counter = self.make(tmp_path / "c")
+        assert again.load() == 0 and counter.n == 0
+
+    def test_a_write_that_fails(self, tmp_path):
+        "The kernel refuses to write more than 1,000 bytes to a file: a UserError, what was there before stays, and nothing half is left."
+        saved, net, opt, counter = self.make(tmp_path / "c")
+        self.step(net, opt, counter); saved.save(1)
+        self.step(net, opt, counter)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        try:
+            with pytest.raises(UserError, match="checkpoint after step 2 cannot be written .* the one after step 1 is whole: make room"): saved.save(2)
+        finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert [f.name for f in (tmp_path / "c").iterdir()] == ["step-1"]
+        saved.save(2)
+        again, _, _, counter = self.make(tmp_path / "c")
+        assert again.load() == 2 and counter.n == 2
 
     def test_steps_are_sorted_as_numbers(self, tmp_path):
         for n in (9, 10, 100): (tmp_path / f"step-{n}").mkdir()

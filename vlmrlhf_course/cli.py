@@ -17,9 +17,10 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from safetensors import SafetensorError
-from .settings import UserError, alone, load_settings, nearest, scales, write_text
+from .settings import UserError, alone, is_main, load_layers, load_settings, nearest, scales, write_text
 
 # %% ../nbs/91_cli.ipynb #sections
 STAGES = ("sft", "preferences", "reward", "ppo", "evaluate")
@@ -195,6 +196,7 @@ def spread(results: list[dict]) -> dict:
 # %% ../nbs/91_cli.ipynb #main
 def execute(args) -> int:
     "Carry out parsed arguments."
+    load_layers(args.scale, args.set)   # a mistake in these is said before PyTorch is loaded
     import torch
     from vlmrlhf_course.runs import keep_memory
     torch.set_num_threads(args.threads)
@@ -239,7 +241,9 @@ def main(argv: list[str] | None = None) -> int:
     quiet = dict(TRANSFORMERS_VERBOSITY="error", TRANSFORMERS_NO_ADVISORY_WARNINGS="1", HF_HUB_OFFLINE="1",
                  HF_HUB_DISABLE_PROGRESS_BARS="1")
     for key, value in quiet.items(): os.environ.setdefault(key, value)
+    warnings.filterwarnings("ignore", "Already found a `peft_config`")   # one model, several adapters: that is meant
     if os.environ.get("VLMRLHF_ARM"): end_with_parent()
+    if not is_main(): sys.stdout = open(os.devnull, "w")   # of several processes one speaks
     try: return execute(build_parser().parse_args(argv))
     except UserError as e: line, status = f"vlmrlhf: {e}", 2
     except KeyboardInterrupt: line, status = "\nvlmrlhf: interrupted; the same command continues from the last checkpoint", 130

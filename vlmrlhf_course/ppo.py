@@ -321,7 +321,7 @@ class PPOState:
         self.control.beta, self.lr_scale, self.best, self.emergencies = s["beta"], s["lr_scale"], s["best"], s["emergencies"]
         self.good, self.best_weights = s["good"], s["best_weights"]
 
-# %% ../nbs/10_ppo.ipynb #validate
+# %% ../nbs/10_ppo.ipynb #loop-parts
 def seed_of(*parts) -> int: return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
 
 
@@ -334,7 +334,6 @@ def validate(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], cfg: P
     return float((score - beta * (kl_estimate(roll.logprobs, ref, "k3") * roll.batch.answer_mask).sum(1)).mean())
 
 
-# %% ../nbs/10_ppo.ipynb #minibatches
 def minibatches(lengths: torch.Tensor, cfg: PPOConfig, key: str, world: int = 1):
     "`epochs` times over the rows of a batch, in random minibatches. Each is sorted by length, so that its micro-batches hold little padding."
     lengths, size = lengths.tolist(), cfg.minibatch // world
@@ -346,7 +345,6 @@ def minibatches(lengths: torch.Tensor, cfg: PPOConfig, key: str, world: int = 1)
 def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
     "The mean of each figure; nothing where there are no rows."
     return {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]} if rows else {}
-
 
 # %% ../nbs/10_ppo.ipynb #loop
 def train_ppo(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], validation: list[Prompt], cfg: PPOConfig, folder: Path,

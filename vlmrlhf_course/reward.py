@@ -328,7 +328,7 @@ def gated_score(
     text: torch.Tensor,       # (N,) scores in [0, 1]
     vision: torch.Tensor,     # (N,)
     alignment: torch.Tensor,  # (N,)
-    width: float = 0.1,       # of the gate; the score never falls as alignment rises from 0.1 on
+    width: float = 0.1,       # of the gate; from 0.1 on the score never falls as alignment rises
 ) -> torch.Tensor:            # (N,)
     "Weights 0.2/0.2/0.6 at low alignment and 0.4/0.3/0.3 at high, blended by a sigmoid around 0.5."
     gate = torch.sigmoid((alignment - .5) / width).unsqueeze(-1)

@@ -138,7 +138,7 @@ def check_mixture(cfg, **known: tuple[str, ...]):
     for key, names in known.items():
         weights = getattr(cfg, key)
         for name, weight in weights.items():
-            if name not in names: raise ValueError(f"{key}.{name}: unknown{nearest(name, names)}; give some of {', '.join(names)}")
+            if name not in names: raise ValueError(f"{key}.{name}{nearest(name, names)}: give some of {', '.join(names)}")
             if not 0 <= weight < float("inf"): raise ValueError(f"{key}.{name}={weight}: give a weight in [0, inf)")
         if not any(weights.values()): raise ValueError(f"{key}: no weight is above 0")
 

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
-from .runs import Checkpoints, MetricLog, Run, StepGuard, check_mixture, check_ranges, make_accelerator, progress
+from .runs import Checkpoints, MetricLog, Run, StepGuard, check_mixture, check_ranges, make_accelerator, progress, sweep
 from .vlm import VLM, VLMConfig, answer, build_model, build_processor, load_vlm, save_vlm, token_logprobs
 from .world import KINDS, NUMBERS, Prompt, WorldConfig, describe, imagine, judge, make_prompt, sample_scenes, summarise
 
@@ -115,7 +115,7 @@ def fit(
     folder: Path,      # for checkpoints and metrics
     text: str,         # label of the progress bar
     stop=None,            # number of steps done -> bool: end early?
-    clear: bool = True,   # remove the checkpoints at the end; False: `Run.finish` does, when the results are on the disk
+    clear: bool = True,   # remove the checkpoints at the end; False: whoever writes the result does, after that
 ):
     "Train the parameters of `task` that require gradients. Resumes from the last checkpoint in `folder`."
     accelerator = make_accelerator()
@@ -196,6 +196,7 @@ def train_sft(
         if not (folder / name / "config.json").is_file():
             fit(SFTTask(vlm), sft_items(cfg, world, seed, faithful), stage, folder / f"fit-{name}", f"SFT {name}", clear=False)
             save_vlm(vlm, folder / name)
+            sweep(folder / f"fit-{name}")   # its checkpoints, now that the result is on the disk
         vlm.model.load_state_dict(load_vlm(folder / name).model.state_dict())
     vlm.model.requires_grad_(False)
     return vlm
