@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from vlmrlhf_course.kl import grounded_mask
-from vlmrlhf_course.ppo import PPOConfig, PPOState, PPOTask, answer_scores, validate
+from vlmrlhf_course.ppo import PPOConfig, PPOState, PPOTask, answer_scores, minibatches, validate
 from vlmrlhf_course.preferences import ranking_pairs
 from vlmrlhf_course.reward import RewardTask, ScoreHead, group_pairs, score_texts
 from vlmrlhf_course.rollout import sample
@@ -67,6 +67,17 @@ def test_validation_is_the_score_less_the_cost_of_kl(cast):
     log_r = (reference(cast, roll) - roll.logprobs) * roll.batch.answer_mask
     assert free == pytest.approx(float(answer_scores(cast.rm, roll, cfg)[0].mean()))
     assert free - dear == pytest.approx(2 * float((log_r.exp() - 1 - log_r).sum(1).mean())) and free > dear
+
+
+def test_minibatches_are_random_and_sorted_inside():
+    "Every row once an epoch, each process its share of a minibatch, like lengths side by side; another order in another epoch and step."
+    lengths, cfg = torch.tensor([5, 9, 1, 7, 3, 8, 2, 6]), PPOConfig(minibatch=4, epochs=3)
+    found = list(minibatches(lengths, cfg, "0/0"))
+    assert [len(g) for g in found] == [4] * 6 and [len(g) for g in minibatches(lengths, cfg, "0/0", world=2)] == [2] * 12
+    for epoch in range(3): assert sorted(found[2 * epoch] + found[2 * epoch + 1]) == list(range(8))
+    assert all(lengths[g].tolist() == sorted(lengths[g].tolist()) for g in found)
+    assert len({frozenset(g) for g in found[::2]}) > 1 and found == list(minibatches(lengths, cfg, "0/0")) != list(minibatches(lengths, cfg, "0/1"))
+    assert any(max(lengths[g]) - min(lengths[g]) > 4 for g in found), "sorted over the whole batch: updates would see one kind of answer each"
 
 
 def test_emergency_and_controller():

@@ -450,7 +450,7 @@ def policy(request, token_rm):
 
 
 def values(policy, rm, batch):
-    states = rm.states(batch)[:, batch.prompt_length - 1:] if policy.kind == "head" else None
+    states = rm.states(batch) if policy.kind == "head" else None
     return policy.values(batch, states).detach()
 
 
@@ -705,7 +705,7 @@ def test_experience(policy, experience, token_rm, vlm):
     b = roll.batch
     with torch.no_grad(): ref = token_logprobs(vlm.rule_out(vlm.answer_logits(b)), b.answers)
     cost = .1 * (roll.logprobs - ref)
-    score = torch.where(roll.ended, token_rm(b), cfg.no_eos)
+    score = torch.where(roll.ended, token_rm(b), token_rm(b).clamp(max=cfg.no_eos))
     v = values(policy, token_rm, b)
     early = token_rm.token_scores(b) / token_rm.scale if cfg.dense and token_rm.cfg.kind == "token" else torch.zeros_like(cost)
     assert not roll.ended.all()

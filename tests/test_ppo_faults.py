@@ -150,11 +150,12 @@ def test_answer_figures(spoken):
 
 
 def test_length_costs_points(spoken):
-    "For each token, not for each character; an answer that was cut off keeps the score of those."
+    "For each token, not for each character; an answer that was cut off pays, too, and has at most the score of those."
     rm, roll = spoken
-    plain, _ = answer_scores(rm, roll, config())
-    dear, info = answer_scores(rm, roll, config(length_cost=.5))
-    assert_close(dear, torch.where(roll.ended, plain - .5 * roll.batch.lengths, plain))
+    plain, cfg = rm(roll.batch), config(length_cost=.5)
+    dear, info = answer_scores(rm, roll, cfg)
+    want = plain - .5 * roll.batch.lengths
+    assert_close(dear, torch.where(roll.ended, want, want.clamp(max=cfg.no_eos)))
     assert info["score"] == pytest.approx(float(dear.mean())) and info["reward_min"] <= info["reward"] <= info["reward_max"] and info["reward_std"] > 0
 
 

@@ -3,6 +3,7 @@ import os
 import random
 import socket
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -29,9 +30,9 @@ def problem(name, reduce=lambda x: x, rank=0, world=1):
     vlm.model.requires_grad_(False)
     kinds = ("detail", "exists", "text", "brief", "colour", "detail")
     prompts = [make_prompt(s, k, rng) for s, k in zip(sample_scenes(6, seed="tests"), kinds)]
-    if name == "sft":
+    if name in ("sft", "uneven"):
         for part in (vlm.projector, vlm.language, vlm.model.lm_head): part.requires_grad_(True)
-        return SFTTask(vlm), prompts
+        return SFTTask(vlm), prompts if name == "sft" else prompts[:3]   # of three items and two processes, one has one more
     rm = reward_model(vlm, "token")
     if name == "reward":
         rm.head.requires_grad_(True)
@@ -66,7 +67,7 @@ def fitted(folder):
     return {n: p.detach() for n, p in task.named_parameters()}
 
 
-TASKS = [(name, micro) for name in ("sft", "reward", "ppo") for micro in (1, 3)]
+TASKS = [(name, micro) for name in ("sft", "reward", "ppo", "uneven") for micro in (1, 3)]
 
 
 def process(rank, folder, port):
@@ -106,8 +107,7 @@ def test_gradients_of_two_processes_are_those_of_one(two, name, micro):
     for rank in two: same(rank[f"{name}-{micro}"][1], want)
 
 
-@pytest.mark.xfail(strict=True, reason="backward_through returns this process's part of the loss: logs of two show half")
-@pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo", "uneven"])
 def test_the_loss_of_two_processes_is_that_of_one(two, name):
     for rank in two: assert rank[f"{name}-3"][0] == pytest.approx(gradients(name, 6)[0], rel=1e-5)
 
@@ -127,6 +127,7 @@ class OneOf:
     "An accelerator as process `rank` of `world` sees it, the others left out."
     def __init__(self, rank, world): self.process_index, self.num_processes, self.device, self.passes = rank, world, "cpu", 0
     def unwrap_model(self, task): return task
+    def no_sync(self, task): return nullcontext()
     def reduce(self, x, how): return x
     def gather(self, x): return x
     def backward(self, loss): self.passes += 1
@@ -138,8 +139,7 @@ class Counting(nn.Module):
     def forward(self, batch): return torch.zeros(()), {}
 
 
-@pytest.mark.xfail(strict=True, reason="a global batch that does not divide evenly leaves one process waiting for the others for ever")
-@given(st.integers(4, 30), st.integers(1, 6), st.integers(2, 4))
+@given(st.integers(1, 30), st.integers(1, 6), st.integers(2, 4))
 def test_every_process_exchanges_gradients_equally_often(size, micro_batch, world):
     "DDP exchanges gradients in each backward pass: where the numbers of passes differ, the run hangs."
     passes = []

@@ -148,6 +148,7 @@ def phase(step: int, cfg: PPOConfig) -> tuple[str, float, float]:
     return name, warmup_cosine(step, cfg.iterations, cfg.warmup) if cfg.schedule == "cosine" else lr, beta
 
 # %% ../nbs/10_ppo.ipynb #score
+@torch.no_grad()
 def answer_scores(
     rm: RewardModel,
     roll: Rollout,
@@ -158,14 +159,14 @@ def answer_scores(
     "The reward of each answer: learned, learned + penalty, or the exact score. An answer without EOS gets `no_eos` at most."
     said = texts(rm.vlm, roll)
     learned = rm(roll.batch, states)
-    truth = torch.tensor([true_score(p, a) if p.scene else 0. for p, a in zip(roll.prompts, said)], device=learned.device)
+    truth = learned.new_tensor([true_score(p, a) if p.scene else 0. for p, a in zip(roll.prompts, said)])
     info = dict(reward=float(learned.mean()), reward_std=float(learned.std(correction=0)),
                 reward_min=float(learned.min()), reward_max=float(learned.max()))
     score, info["true_score"] = learned, float(truth.mean())                                  # the truth is logged, not used …
     if cfg.reward == "gold": score = truth - 5                                               # … but here
     elif cfg.reward == "rm+penalty":
         extra = [penalty(judge(a, p.scene), cfg.penalty, step) if p.scene else 0. for p, a in zip(roll.prompts, said)]
-        extra = torch.tensor(extra, device=learned.device)
+        extra = learned.new_tensor(extra)
         score, info["penalty"] = learned + extra, float(extra.mean())
     elif cfg.reward != "rm": raise ValueError(f"reward {cfg.reward!r}: give rm, rm+penalty or gold")
     score = score - cfg.length_cost * roll.batch.lengths

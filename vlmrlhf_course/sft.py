@@ -97,12 +97,12 @@ def backward_through(
     batches = [bare.collate(part or items[:1]) for part in parts]   # who has less than the others does an item that counts for nothing
     count = torch.tensor(float(sum(bare.count(b) for b, part in zip(batches, parts) if part)), device=accelerator.device)
     total = accelerator.reduce(count, "sum").clamp(min=1)
-    loss, metrics = torch.zeros_like(total), {}
+    loss, metrics = 0., {}
     for i, (b, part) in enumerate(zip(batches, parts)):
         with accelerator.no_sync(task) if i + 1 < len(parts) else nullcontext():   # processes exchange gradients once
             summed, more = task(b)
             accelerator.backward(summed * bool(part) * world / total)              # DDP averages over processes: undo that
-        loss += summed.detach() * bool(part) / total
+        loss = loss + summed.detach() * bool(part) / total
         metrics = {k: metrics.get(k, 0.) + v / len(parts) for k, v in more.items()}
     return float(accelerator.reduce(loss, "sum")), metrics
 
