@@ -104,11 +104,16 @@ def kind_of(op: str) -> str:
 
 # --- tables --------------------------------------------------------------------------------------------------------------------------
 
+def parts_table(result: dict) -> str:
+    "Where the time of an iteration goes."
+    all_, n = result["parts"]["all"], result["answers"]
+    return table(["part of an iteration", "ms per answer", "share"],
+                 [[k, number(1000 * v / n), f"{v / all_:.0%}"] for k, v in result["parts"].items()])
+
+
 def rows(result: dict) -> str:
     "The tables of README.md."
-    all_, n = result["parts"]["all"], result["answers"]
-    first = table(["part of an iteration", "ms per answer", "share"],
-                  [[k, number(1000 * v / n), f"{v / all_:.0%}"] for k, v in result["parts"].items()])
+    first = parts_table(result)
     def line(r):
         figures = [number(r[k]) for k in ("mflop", "ms", "gflop_per_s", "matmul_gflop_per_s")]
         return [r["width"], r["minibatch"], r["micro_batch"], f"{r['padding']:.0%}", *figures, f"{r['ratio']:.0%}"]

@@ -189,12 +189,13 @@ def actor_gradient(vlm: VLM, language) -> torch.Tensor:
 
 # --- timing -----------------------------------------------------------------------------------------------------------------
 
-def compare(cfg: PPOConfig, rounds: int, sizes: VLMConfig | None = None, atol: float = 2e-4) -> dict:
-    "Check, then time both sides in turn, each round on pictures that neither has seen. The first round is not counted."
+def compare(cfg: PPOConfig, rounds: int, sizes: VLMConfig | None = None, atol: float = 2e-4, group: int = 1) -> dict:
+    """Check, then time both sides in turn, each round on pictures that neither has seen, `group` answers to each prompt. The first
+    round is not counted."""
     policy, rm = build(cfg, sizes)
     shake(policy, rm)
     lib, naive = Library(policy, rm, cfg), Naive(policy, rm, cfg)
-    first, *sets = fresh_prompts(cfg, cfg.answers, rounds + 2)
+    first, *sets = ([p for p in prompts for _ in range(group)] for prompts in fresh_prompts(cfg, cfg.answers // group, rounds + 2))
     differences = check(lib, naive, first[:16], atol)
     tower, timings = TowerCount(policy.vlm), dict(library=[], naive=[])
     for step, prompts in enumerate(sets, 1):
@@ -209,27 +210,27 @@ def compare(cfg: PPOConfig, rounds: int, sizes: VLMConfig | None = None, atol: f
         assert timings["library"][-1]["images"] == unique, "the library encodes each picture once while the tower is frozen"
     sides = [describe(name, medians(t[1:]), cfg) for name, t in timings.items()]
     ratios = sorted(n["all"] / l["all"] for n, l in zip(timings["naive"][1:], timings["library"][1:]))
-    return dict(critic=cfg.critic, differences=differences, sides=sides, ratios=ratios, ratio=ratios[len(ratios) // 2])
+    return dict(critic=cfg.critic, epochs=cfg.epochs, differences=differences, sides=sides, ratios=ratios, ratio=ratios[len(ratios) // 2])
 
 
 def describe(name: str, t: dict, cfg: PPOConfig) -> dict:
     "A side's figures, in ms an answer."
     n = cfg.answers
     update = t["update"] if name == "naive" else t["backward"] + t["step"]
-    out = dict(side=name, critic=cfg.critic, answers_per_s=n / t["all"], sample=t["sample"], score=t["score"], update=update)
+    out = dict(side=name, critic=cfg.critic, epochs=cfg.epochs, answers_per_s=n / t["all"], sample=t["sample"], score=t["score"], update=update)
     for k in ("sample", "score", "update"): out[k] *= 1000 / n
     return out | dict(all=1000 * t["all"] / n, tokens=t["tokens"] / n, images=t["images"] / n)
 
 
 def rows(result: dict) -> str:
     "The table of README.md."
-    head = ["ms per answer", "sampling", "scoring", "update", "all", "answers/s", "tokens per answer", "images encoded per answer",
+    head = ["ms per answer", "epochs", "sampling", "scoring", "update", "all", "answers/s", "tokens per answer", "images encoded per answer",
             "textbook / library"]
     body = []
     for part in result["critics"]:
         for side in part["sides"]:
             cells = [number(side[k]) for k in ("sample", "score", "update", "all", "answers_per_s", "tokens", "images")]
-            body.append([LABELS[side["side"], part["critic"]], *cells, f"{part['ratio']:.1f}" if side["side"] == "naive" else ""])
+            body.append([LABELS[side["side"], part["critic"]], part["epochs"], *cells, f"{part['ratio']:.1f}" if side["side"] == "naive" else ""])
     return table(head, body)
 
 
@@ -240,15 +241,16 @@ LABELS = {("library", "head"): "library, critic on the reward model's states",
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--answers", type=int, default=128)
+    parser.add_argument("--answers", type=int, default=120)
+    parser.add_argument("--group", type=int, default=3, help="answers to a prompt")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     parts = []
-    for critic in ("head", "adapter"):   # learning rate ~0: both sides go on saying the same, so that answers stay as long as they are
-        cfg = PPOConfig(critic=critic, answers=args.answers, minibatch=min(64, args.answers), actor_lr=1e-9, critic_lr=1e-9)
-        parts.append(compare(cfg, args.rounds))
-    result = save("naive", dict(answers=args.answers, epochs=cfg.epochs, rounds=args.rounds, critics=parts,
+    for critic, epochs in (("head", 1), ("head", 3), ("adapter", 3)):
+        cfg = PPOConfig(critic=critic, epochs=epochs, answers=args.answers, minibatch=args.answers // 2, actor_lr=1e-9, critic_lr=1e-9)
+        parts.append(compare(cfg, args.rounds, group=args.group))   # learning rate ~0, so that answers stay as long as they are
+    result = save("naive", dict(answers=args.answers, group=args.group, rounds=args.rounds, critics=parts,
                                 sides=[s for p in parts for s in p["sides"]]))
     print(rows(result))
 

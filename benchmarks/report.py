@@ -1,4 +1,4 @@
-"""Write the tables of README.md from results/*.json: `python -m benchmarks.report`."""
+"""Write the tables of README.md, and those that chapters quote, from results/*.json: `python -m benchmarks.report`."""
 import json
 import re
 from pathlib import Path
@@ -7,6 +7,7 @@ from benchmarks import breakdown, gpu, naive, scaling, trl_peer
 from benchmarks.common import RESULTS
 
 README = Path(__file__).parent / "README.md"
+CHAPTERS = sorted((Path(__file__).parents[1] / "nbs").glob("*.ipynb"))
 SCRIPTS = dict(naive=naive, trl_peer=trl_peer, breakdown=breakdown, scaling=scaling, gpu=gpu)
 
 
@@ -21,16 +22,33 @@ def block(name: str, result: dict | None) -> str:
     if result is None: return "Not measured yet."
     with_ = ", ".join(f"{k} {result[k]}" for k in ("python", "torch", "transformers", "peft", "trl") if k in result)
     threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
-    return f"{SCRIPTS[name].rows(result)}\n\n{result['machine']}, {threads}, load of the machine {result['load']}; {with_}; {result['date']}."
+    name, _, part = name.partition(".")
+    tables = SCRIPTS[name].rows(result) if not part else getattr(SCRIPTS[name], f"{part}_table")(result)
+    return f"{tables}\n\n{result['machine']}, {threads}, load of the machine {result['load']}; {with_}; {result['date']}."
+
+
+def fill(text: str, found: dict[str, dict]) -> str:
+    "`text` with every block in it made anew; `<!-- name.part -->` holds one table of a benchmark."
+    def new(match): return f"<!-- {match[1]} -->\n{block(match[1], found.get(match[1].split('.')[0]))}\n<!-- /{match[1]} -->"
+    return re.sub(rf"<!-- ((?:{'|'.join(SCRIPTS)})(?:\.\w+)?) -->.*?<!-- /\1 -->", new, text, flags=re.S)
 
 
 def render(text: str, found: dict[str, dict]) -> str:
     "README.md with every block made anew. Raises KeyError where a benchmark has no block."
     for name in SCRIPTS:
-        new = f"<!-- {name} -->\n{block(name, found.get(name))}\n<!-- /{name} -->"
-        text, n = re.subn(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda m, new=new: new, text, flags=re.S)
-        if n != 1: raise KeyError(f"README.md has {n} blocks for {name}")
-    return text
+        if (n := text.count(f"<!-- {name} -->")) != 1: raise KeyError(f"README.md has {n} blocks for {name}")
+    return fill(text, found)
 
 
-if __name__ == "__main__": README.write_text(render(README.read_text("utf-8"), results()), encoding="utf-8")
+def quoting(chapter: Path, found: dict[str, dict]) -> str:
+    "A chapter's text with the tables in its markdown cells made anew."
+    notebook = json.loads(chapter.read_text("utf-8"))
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown": cell["source"] = fill("".join(cell["source"]), found).splitlines(True)
+    return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+if __name__ == "__main__":
+    README.write_text(render(README.read_text("utf-8"), results()), encoding="utf-8")
+    for chapter in CHAPTERS:
+        if (text := quoting(chapter, results())) != chapter.read_text("utf-8"): chapter.write_text(text, encoding="utf-8")

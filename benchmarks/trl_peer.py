@@ -166,20 +166,20 @@ def compare_dpo(folder, size: int, steps: int, lora: bool):
     return found[1:], [t.images / len(pairs) for t in towers]
 
 
-def summary(method: str, found, images, tokens, unit: str, n: int, ours: str, lora: bool) -> dict:
+def summary(method: str, found, images, tokens, unit: str, n: int, ours: str, lora: bool, epochs: int | None = None) -> dict:
     "Both sides' rates, and the median of the rounds' ratios."
     theirs, mine = (statistics.median(x) for x in zip(*found))
     ratios = sorted(t / m for t, m in found)
-    return dict(method=method, trained="adapter" if lora else "language model", unit=unit, ours=ours, tokens=tokens, images=images,
+    return dict(method=method, epochs=epochs, trained="adapter" if lora else "language model", unit=unit, ours=ours, tokens=tokens, images=images,
                 trl_per_s=n / theirs, ours_per_s=n / mine, ratios=ratios, ratio=statistics.median(ratios))
 
 
 def rows(result: dict) -> str:
     "The table of README.md."
     from benchmarks.common import number, table
-    head = ["TRL", "TRL trains", "ours", "tokens an answer (TRL, ours)", "pictures encoded (TRL, ours)", "TRL", "ours", "ours / TRL"]
+    head = ["TRL", "epochs", "TRL trains", "ours", "tokens an answer (TRL, ours)", "pictures encoded (TRL, ours)", "TRL", "ours", "ours / TRL"]
     def two(x): return f"{x[0]:.1f}, {x[1]:.1f}" if x else "the same"
-    return table(head, [[p["method"], p["trained"], p["ours"], two(p["tokens"]), ", ".join(number(x) for x in p["images"]),
+    return table(head, [[p["method"], p["epochs"] or "", p["trained"], p["ours"], two(p["tokens"]), ", ".join(number(x) for x in p["images"]),
                          f"{number(p['trl_per_s'])} {p['unit']}/s", f"{number(p['ours_per_s'])} {p['unit']}/s",
                          f"{p['ratio']:.2f}"] for p in result["pairs"]])
 
@@ -209,25 +209,24 @@ def main(argv=None) -> int:
         for lora in (True, False) if "DPO" in args.methods else ():
             found, images = compare_dpo(folder, args.pairs, 4 * args.rounds, lora)
             pairs.append(summary("DPO", found, images, None, "pairs", args.pairs, "DPO", lora))
-        for kind, critic, lora, fixed in [p for p in ONLINE if p[0] in args.methods]:
-            cfg = PPOConfig(reward="rm", critic=critic, answers=args.answers, minibatch=args.answers // 2, micro_batch=args.answers // 2,
+        for kind, critic, lora, fixed, epochs in [p for p in ONLINE if p[0] in args.methods]:
+            cfg = PPOConfig(reward="rm", critic=critic, epochs=epochs, answers=args.answers, minibatch=args.answers // 2,
                             max_new_tokens=args.new_tokens if fixed else PPOConfig.max_new_tokens, actor_lr=1e-9, critic_lr=1e-9)
             found, images, tokens = compare_online(kind, folder, cfg, args.group, args.rounds, lora, fixed)
-            pairs.append(summary(kind, found, images, tokens, "answers", args.answers, LABELS[critic], lora))
+            pairs.append(summary(kind, found, images, tokens, "answers", args.answers, LABELS[critic], lora, epochs))
     sides = [dict(side=side, method=p["method"] if side == "trl" else p["ours"], beside=p["method"],
                   trained=p["trained"] if side == "trl" else "adapter",
                   tokens=p["tokens"] and p["tokens"][side == "ours"],
                   **{f"{p['unit']}_per_s": p[f"{side}_per_s"]}) for p in pairs for side in ("trl", "ours")]
-    result = dict(trl=version("trl"), answers=args.answers, group=args.group, new_tokens=args.new_tokens, epochs=PPOConfig().epochs,
-                  rounds=args.rounds, pairs=pairs, sides=sides)
+    result = dict(trl=version("trl"), answers=args.answers, group=args.group, new_tokens=args.new_tokens, rounds=args.rounds, pairs=pairs, sides=sides)
     print(rows(save("trl_peer", result)))
     return 0
 
 
 LABELS = dict(head="PPO, critic on the reward model's states", adapter="PPO, critic with an adapter of its own")
-# method, our critic, does TRL train an adapter, fixed length
-ONLINE = [("GRPO", "head", True, True), ("GRPO", "head", False, True), ("GRPO", "adapter", True, True),
-          ("GRPO", "head", True, False), ("GRPO", "head", False, False), ("RLOO", "head", True, True), ("RLOO", "head", False, True)]
+# method, our critic, does TRL train an adapter, fixed length, epochs (TRL's `num_iterations`, 1 by default there, 3 here)
+ONLINE = [("GRPO", "head", True, True, 1), ("GRPO", "head", True, False, 1), ("GRPO", "head", True, True, 3), ("GRPO", "head", True, False, 3),
+          ("GRPO", "head", False, False, 3), ("GRPO", "adapter", True, False, 3), ("RLOO", "head", True, False, 1), ("RLOO", "head", True, False, 3)]
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -193,6 +193,12 @@ def test_readme_says_what_the_results_say():
     assert report.render(text, report.results()) == text, "run python -m benchmarks.report"
 
 
+def test_chapters_say_what_the_results_say():
+    quoted = [c for c in report.CHAPTERS if report.quoting(c, {}) != report.quoting(c, report.results())]
+    assert "09_rollout.ipynb" in [c.name for c in quoted]
+    for chapter in quoted: assert json.loads(report.quoting(chapter, report.results())) == json.loads(chapter.read_text("utf-8")), "run python -m benchmarks.report"
+
+
 def test_every_result_has_its_place():
     assert {p.stem for p in common.RESULTS.glob("*.json")} == report.results().keys() >= {"naive", "breakdown", "scaling", "trl_peer"}
 

@@ -147,6 +147,7 @@ class Run:
 # %% ../nbs/90_runs.ipynb #course-run
 def course_run(scale: str = "lesson", **kwargs) -> Run:
     "The run that the chapters share, in the user's cache: one chapter makes it, the next ones read it."
+    keep_memory()
     base = Path(os.environ.get("VLMRLHF_CACHE") or load_settings().cache).expanduser()
     parts = sorted(str(p) for p in Path(str(files("vlmrlhf_course") / "pretrained")).rglob("*.safetensors"))
     made_of = [hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in parts]   # new pretrained parts, new artefacts
