@@ -19,11 +19,11 @@ import torch
 from matplotlib.figure import Figure
 from .hallucination import hallucinations, overall_rate, pope
 from .kl import full_kl
-from .ppo import ppo_stage, seed_of
+from .ppo import ppo_stage
 from .preferences import true_score
 from .reward import RewardModel, reward_stage, score_texts
 from .rollout import sample, texts
-from .runs import Run, check_ranges, progress, read_jsonl, write_text
+from .runs import Run, check_ranges, progress, read_jsonl, seed_of, write_text
 from .sft import sft_stage
 from .vlm import VLM, answer, token_logprobs
 from .world import Prompt, Scene, WorldConfig, draw, judge, sample_scenes, summarise

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['MAX_EMERGENCIES', 'ppo_policy_loss', 'value_loss', 'PPOConfig', 'check_ppo', 'ActorCritic', 'phase', 'answer_scores',
            'Experience', 'answer_figures', 'read_answers', 'make_experience', 'PPOTask', 'ppo_optimizer', 'PPOState',
-           'seed_of', 'validate', 'minibatches', 'mean_of', 'train_ppo', 'ppo_stage']
+           'validate', 'minibatches', 'train_ppo', 'ppo_stage']
 
 # %% ../nbs/10_ppo.ipynb #imports
-import hashlib
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from .preferences import sample_prompts, true_score
 from .reward import RewardModel, reward_stage
 from .rollout import Rollout, length_groups, plan_prompts, sample, texts
 from .runs import (Checkpoints, MetricLog, Run, StepGuard, UserError, check_choices, check_mixture, check_ranges, load_tensors,
-                                 make_accelerator, progress, save_tensors)
+                                 make_accelerator, mean_of, progress, save_tensors, seed_of)
 from .sft import backward_through, warmup_cosine
 from .vlm import VLM, Batch, LoRAConfig, masked_mean, token_logprobs
 from .world import KINDS, Prompt, WorldConfig, judge
@@ -207,8 +206,7 @@ def read_answers(
     cfg: PPOConfig,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:   # (B, A), (B, A+1, H), (B, A+1); zeros where an answer has no token
     "Log-probabilities under the reference, the reward model's states, the critic's values: `micro_batch` answers of like length at a time."
-    batch, found = roll.batch, []
-    groups = length_groups(batch.lengths, cfg.micro_batch)
+    batch, groups, found = roll.batch, length_groups(roll.batch.lengths, cfg.micro_batch), []
     for rows in groups:
         b = batch.rows(rows)
         ref = token_logprobs(policy.vlm.rule_out(policy.vlm.answer_logits(b)), b.answers, roll.temperature)
@@ -323,9 +321,6 @@ class PPOState:
         self.good, self.best_weights = s["good"], s["best_weights"]
 
 # %% ../nbs/10_ppo.ipynb #loop-parts
-def seed_of(*parts) -> int: return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
-
-
 @torch.no_grad()
 def validate(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], cfg: PPOConfig, beta: float) -> float:
     "Mean score minus its KL cost on validation prompts: what the run maximises, on pictures it does not train on."
@@ -337,15 +332,12 @@ def validate(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], cfg: P
 
 def minibatches(lengths: torch.Tensor, cfg: PPOConfig, key: str, world: int = 1):
     "`epochs` times over the rows of a batch, in random minibatches. Each is sorted by length, so that its micro-batches hold little padding."
+    if cfg.answers % world or cfg.minibatch % world:
+        raise UserError(f"answers={cfg.answers} and minibatch={cfg.minibatch} must be multiples of the number of processes, {world}")
     lengths, size = lengths.tolist(), cfg.minibatch // world
     for epoch in range(cfg.epochs):
         order = random.Random(f"order/{key}/{epoch}").sample(range(len(lengths)), len(lengths))
         for i in range(0, len(order), size): yield sorted(order[i:i + size], key=lengths.__getitem__)
-
-
-def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
-    "The mean of each figure; nothing where there are no rows."
-    return {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]} if rows else {}
 
 # %% ../nbs/10_ppo.ipynb #loop
 def train_ppo(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], validation: list[Prompt], cfg: PPOConfig, folder: Path,
@@ -353,8 +345,6 @@ def train_ppo(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], valid
     "PPO. Resumes from the last checkpoint in `folder`; leaves the best (or last) policy in `policy`."
     accelerator = make_accelerator()
     rank, world = accelerator.process_index, accelerator.num_processes
-    if cfg.answers % world or cfg.minibatch % world:
-        raise UserError(f"answers={cfg.answers} and minibatch={cfg.minibatch} must be multiples of the number of processes, {world}")
     task, optimizer = accelerator.prepare(PPOTask(policy, cfg), ppo_optimizer(policy, cfg))
     state, guard = PPOState(policy, cfg), StepGuard(accelerator, folder.name)
     accelerator.register_for_checkpointing(state, guard)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['together', 'make_accelerator', 'lost_peer', 'keep_memory', 'read_record', 'same_settings', 'sweep', 'lock', 'unlock',
            'Run', 'course_run', 'seal', 'damage', 'last_whole', 'Checkpoints', 'StepGuard', 'reading', 'load_model',
-           'load_tensors', 'to_disk', 'save_folder', 'save_tensors', 'MetricLog', 'progress']
+           'load_tensors', 'to_disk', 'save_folder', 'save_tensors', 'MetricLog', 'seed_of', 'mean_of', 'progress']
 
 # %% ../nbs/90_runs.ipynb #imports
 import ctypes
@@ -328,6 +328,16 @@ class MetricLog:
 
     def close(self):
         if self.main: self.board.close()
+
+
+def seed_of(*parts) -> int:
+    "A seed that only these parts decide."
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
+
+
+def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
+    "The mean of each figure; nothing where there are no rows."
+    return {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]} if rows else {}
 
 
 def progress(items, text: str):
