@@ -18,9 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vlmrlhf_course import sft
 from vlmrlhf_course.cli import main
 from vlmrlhf_course.preferences import load_pairs
+from vlmrlhf_course.reward import group_pairs, swap_pictures
 from vlmrlhf_course.runs import UserError, read_jsonl, write_jsonl
 from vlmrlhf_course.vlm import load_vlm, save_vlm
-from vlmrlhf_course.world import WorldConfig, open_image, sample_scenes
+from vlmrlhf_course.world import Prompt, WorldConfig, open_image, sample_scenes
 
 
 def refused(capsys, *argv):
@@ -238,7 +239,10 @@ BAD_RECORDS = {
     "no rejected": (without("rejected"), ["no 'rejected'"]),
     "chosen a number": (change(chosen=3), ["chosen is not text"]), "chosen null": (change(chosen=None), ["chosen is not text"]),
     "rejected a list": (change(rejected=["a cat ."]), ["rejected is not text"]), "prompt a number": (change(prompt=1), ["prompt is not text"]),
-    "image a number": (change(image=7), ["image is neither"]), "image a list": (change(image=["a.png"]), ["image is neither"]), "image empty": (change(image=""), ["image is neither"]),
+    "image a number": (change(image=7), ["image is neither"]), "image empty": (change(image=""), ["image is neither"]),
+    "images none": (change(image=[]), ["image is neither"]), "images with a number": (change(image=["blank", 7]), ["image is neither"]),
+    "images with a gap": (change(image=["blank", None]), ["image is neither"]), "images in images": (change(image=[["blank"]]), ["image is neither"]),
+    "images, one missing": (change(image=["blank", "/no/such/picture.png"]), ["/no/such/picture.png", "No such file"]),
     "equal": (change(chosen="a cat .", rejected="a  cat ."), ["chosen equals rejected"]), "empty": (change(rejected=" "), ["empty answer"]),
     "cut off": (change(chosen="a small red"), ["chosen is cut off"]),
     "weight nan": (change(weight=float("nan")), ["weight is not a finite number"]), "weight inf": (change(weight=float("inf")), ["weight is not a finite number"]),
@@ -290,6 +294,16 @@ class TestRecords:
         write_jsonl(tmp_path / "pairs.jsonl", rows)
         assert load_pairs(tmp_path / "pairs.jsonl", vlm) == rows
         assert vlm.features([r["image"] for r in rows]).isfinite().all()
+
+
+    def test_several_pictures(self, vlm, tmp_path):
+        "A list in the file is a tuple in the pair, so that pairs can be grouped by their pictures."
+        row = dict(image=["blank", "scene:beach: small red cat @4"], prompt="describe the picture .", chosen="a red cat .", rejected="a blue cat .")
+        write_jsonl(tmp_path / "pairs.jsonl", [row, row | dict(rejected="a cup ."), row | dict(image=row["image"][::-1]), row | dict(image=None)])
+        rows = load_pairs(tmp_path / "pairs.jsonl", vlm)
+        assert [r["image"] for r in rows] == [tuple(row["image"])] * 2 + [tuple(row["image"][::-1]), None]
+        assert list(map(len, group_pairs(rows))) == [2, 1, 1] and swap_pictures(rows)[0]["image"] == rows[2]["image"]
+        assert vlm.batch([Prompt("", r["prompt"], "", r["image"]) for r in rows]).pictures.counts.tolist() == [2, 2, 2, 0]
 
 
 class TestSkipBad:
