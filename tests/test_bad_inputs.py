@@ -197,7 +197,10 @@ GOOD_PICTURES = {   # bytes, and the colour that must come out
     "grey.png": (encoded(Image.new("L", (8, 8), 99), "PNG"), (99, 99, 99)),
     "black-and-white.png": (encoded(Image.new("1", (8, 8), 1), "PNG"), (255, 255, 255)),
     "palette.png": (encoded(Image.new("RGB", (8, 8), "red").convert("P"), "PNG"), (255, 0, 0)),
-    "transparent.png": (encoded(Image.new("RGBA", (8, 8), (255, 0, 0, 128)), "PNG"), (255, 0, 0))}
+    "transparent.png": (encoded(Image.new("RGBA", (8, 8), (255, 0, 0, 128)), "PNG"), (255, 0, 0)),
+    **{f"16-bit-{v}.png": (encoded(Image.new("I;16", (8, 8), 257 * v), "PNG"), (v, v, v)) for v in (0, 50, 200, 255)},
+    "16-bit.tiff": (encoded(Image.new("I;16B", (8, 8), 257 * 99), "TIFF"), (99, 99, 99)),
+    "16-bit.pgm": (encoded(Image.new("I", (8, 8), 257 * 99), "PPM"), (99, 99, 99))}
 
 
 @pytest.mark.parametrize("name", [*BAD_PICTURES, "missing.png", "folder", "nul\0.png", "http://example.org/cat.png", "scene:moon: small red cat @4",
@@ -216,6 +219,18 @@ def test_unusual_picture_is_simply_read(tmp_path, name):
     (tmp_path / name).write_bytes(data)
     image = open_image(str(tmp_path / name))
     assert image.mode == "RGB" and image.size == (8, 8) and all(abs(a - b) < 4 for a, b in zip(image.getpixel((3, 3)), colour))
+
+
+@pytest.mark.parametrize("orientation, corner", [*enumerate([(0, 0), (1, 0), (1, 1), (0, 1)] * 2, 1)])
+def test_pictures_stand_upright(tmp_path, orientation, corner):
+    "Cameras write pictures as the sensor lay. Where the first stored pixel belongs, and whether rows are columns: EXIF 2.3, tag 274."
+    stored, exif = Image.new("RGB", (6, 4), "blue"), Image.Exif()
+    stored.putpixel((0, 0), (255, 0, 0))
+    exif[274] = orientation
+    stored.save(tmp_path / "camera.png", exif=exif)
+    image = open_image(str(tmp_path / "camera.png"))
+    assert image.size == ((6, 4) if orientation < 5 else (4, 6))
+    assert image.getpixel((corner[0] * (image.width - 1), corner[1] * (image.height - 1))) == (255, 0, 0)
 
 
 # --- preference data ------------------------------------------------------------------------------------------------
