@@ -410,6 +410,18 @@ class TestModels:
         (tmp_path / "file").write_text("")
         with pytest.raises(FileNotFoundError, match="config.json"): load_vlm(tmp_path / path)
 
+    @pytest.mark.parametrize("part", ["tower", "language"])
+    @pytest.mark.parametrize("spoil, words", [
+        (lambda f: os.truncate(f, 1000), "cannot be read"), (lambda f: edit_weights(f, lambda w: dict(list(w.items())[1:])), "is missing"),
+        (lambda f: edit_weights(f, lambda w: {k: v * float("nan") for k, v in w.items()}), "is not finite")])
+    def test_pretrained_parts(self, capsys, tmp_path, monkeypatch, part, spoil, words):
+        "The package's own weights, damaged: one line, before anything is trained."
+        shutil.copytree(sft.files("vlmrlhf_course") / "pretrained", tmp_path / "pretrained")
+        spoil(tmp_path / "pretrained" / part / "model.safetensors")
+        monkeypatch.setattr(sft, "files", lambda package: tmp_path)
+        line = refused(capsys, "sft", "--scale", "smoke", "--out", tmp_path / "run")
+        assert f"{tmp_path / 'pretrained' / part}: " in line and words in line, line
+
     def test_in_a_run(self, capsys, smoke_run, tmp_path):
         shutil.copytree(smoke_run / "sft", tmp_path / "run" / "sft")
         file = tmp_path / "run" / "sft" / "language" / "model.safetensors"

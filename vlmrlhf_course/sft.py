@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
-from .runs import Checkpoints, MetricLog, Run, StepGuard, check_mixture, check_ranges, make_accelerator, progress, sweep
+from .runs import Checkpoints, MetricLog, Run, StepGuard, check_mixture, check_ranges, load_model, make_accelerator, progress, sweep
 from .vlm import VLM, VLMConfig, answer, build_model, build_processor, load_vlm, save_vlm, token_logprobs
 from .world import KINDS, NUMBERS, Prompt, WorldConfig, describe, imagine, judge, make_prompt, sample_scenes, summarise
 
@@ -142,7 +142,7 @@ def fit(
 def pretrained_vlm(seed: int = 0) -> VLM:
     "Pretrained tower and language model, joined by a projector that has learned nothing yet."
     folder = files("vlmrlhf_course") / "pretrained"
-    tower, language = AutoModel.from_pretrained(folder / "tower"), AutoModelForCausalLM.from_pretrained(folder / "language")
+    tower, language = load_model(AutoModel, folder / "tower"), load_model(AutoModelForCausalLM, folder / "language")
     seen = getattr(tower.config, "vision_config", tower.config)
     cfg = VLMConfig(width=language.config.hidden_size, layers=language.config.num_hidden_layers, vision_width=seen.hidden_size)
     with torch.random.fork_rng():
