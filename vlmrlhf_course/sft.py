@@ -114,7 +114,7 @@ def fit(
     cfg: FitConfig,
     folder: Path,      # for checkpoints and metrics
     text: str,         # label of the progress bar
-    stop=None,            # number of steps done -> bool: end early?
+    stop=None,            # number of steps done -> bool: end early? If it has a `state_dict`, checkpoints hold it
     clear: bool = True,   # remove the checkpoints at the end; False: whoever writes the result does, after that
 ):
     "Train the parameters of `task` that require gradients. Resumes from the last checkpoint in `folder`."
@@ -123,7 +123,7 @@ def fit(
     optimizer = torch.optim.AdamW(params, cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.98), fused=True)
     task, optimizer = accelerator.prepare(task, optimizer)
     saved, guard = Checkpoints(Path(folder) / "checkpoints", accelerator), StepGuard(accelerator, text)
-    accelerator.register_for_checkpointing(guard)
+    accelerator.register_for_checkpointing(guard, *([stop] if hasattr(stop, "state_dict") else []))
     start = saved.load()
     log = MetricLog(folder, start, accelerator.is_main_process)
     for step in progress(range(start, cfg.steps), text):
