@@ -18,8 +18,9 @@ lab: .venv/ready          ## JupyterLab on the chapters
 export: .venv/ready       ## chapters to modules
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
 
-proof: .venv/ready        ## the slow tests: minutes
-	$(BIN)/python -m pytest -m slow
+proof: .venv/ready        ## the slow tests, then thirty kills: minutes
+	$(BIN)/python -m pytest -m slow || test $$? -eq 5   # 5: there are none
+	$(BIN)/python tests/kill.py --kills 30 --scale smoke
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

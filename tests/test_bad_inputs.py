@@ -18,9 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vlmrlhf_course import sft
 from vlmrlhf_course.cli import main
 from vlmrlhf_course.preferences import load_pairs
+from vlmrlhf_course.reward import group_pairs, swap_pictures
 from vlmrlhf_course.runs import UserError, read_jsonl, write_jsonl
 from vlmrlhf_course.vlm import load_vlm, save_vlm
-from vlmrlhf_course.world import WorldConfig, open_image, sample_scenes
+from vlmrlhf_course.world import Prompt, WorldConfig, open_image, sample_scenes
 
 
 def refused(capsys, *argv):
@@ -196,7 +197,10 @@ GOOD_PICTURES = {   # bytes, and the colour that must come out
     "grey.png": (encoded(Image.new("L", (8, 8), 99), "PNG"), (99, 99, 99)),
     "black-and-white.png": (encoded(Image.new("1", (8, 8), 1), "PNG"), (255, 255, 255)),
     "palette.png": (encoded(Image.new("RGB", (8, 8), "red").convert("P"), "PNG"), (255, 0, 0)),
-    "transparent.png": (encoded(Image.new("RGBA", (8, 8), (255, 0, 0, 128)), "PNG"), (255, 0, 0))}
+    "transparent.png": (encoded(Image.new("RGBA", (8, 8), (255, 0, 0, 128)), "PNG"), (255, 0, 0)),
+    **{f"16-bit-{v}.png": (encoded(Image.new("I;16", (8, 8), 257 * v), "PNG"), (v, v, v)) for v in (0, 50, 200, 255)},
+    "16-bit.tiff": (encoded(Image.new("I;16B", (8, 8), 257 * 99), "TIFF"), (99, 99, 99)),
+    "16-bit.pgm": (encoded(Image.new("I", (8, 8), 257 * 99), "PPM"), (99, 99, 99))}
 
 
 @pytest.mark.parametrize("name", [*BAD_PICTURES, "missing.png", "folder", "nul\0.png", "http://example.org/cat.png", "scene:moon: small red cat @4",
@@ -215,6 +219,18 @@ def test_unusual_picture_is_simply_read(tmp_path, name):
     (tmp_path / name).write_bytes(data)
     image = open_image(str(tmp_path / name))
     assert image.mode == "RGB" and image.size == (8, 8) and all(abs(a - b) < 4 for a, b in zip(image.getpixel((3, 3)), colour))
+
+
+@pytest.mark.parametrize("orientation, corner", [*enumerate([(0, 0), (1, 0), (1, 1), (0, 1)] * 2, 1)])
+def test_pictures_stand_upright(tmp_path, orientation, corner):
+    "Cameras write pictures as the sensor lay. Where the first stored pixel belongs, and whether rows are columns: EXIF 2.3, tag 274."
+    stored, exif = Image.new("RGB", (6, 4), "blue"), Image.Exif()
+    stored.putpixel((0, 0), (255, 0, 0))
+    exif[274] = orientation
+    stored.save(tmp_path / "camera.png", exif=exif)
+    image = open_image(str(tmp_path / "camera.png"))
+    assert image.size == ((6, 4) if orientation < 5 else (4, 6))
+    assert image.getpixel((corner[0] * (image.width - 1), corner[1] * (image.height - 1))) == (255, 0, 0)
 
 
 # --- preference data ------------------------------------------------------------------------------------------------
@@ -238,7 +254,10 @@ BAD_RECORDS = {
     "no rejected": (without("rejected"), ["no 'rejected'"]),
     "chosen a number": (change(chosen=3), ["chosen is not text"]), "chosen null": (change(chosen=None), ["chosen is not text"]),
     "rejected a list": (change(rejected=["a cat ."]), ["rejected is not text"]), "prompt a number": (change(prompt=1), ["prompt is not text"]),
-    "image a number": (change(image=7), ["image is neither"]), "image a list": (change(image=["a.png"]), ["image is neither"]), "image empty": (change(image=""), ["image is neither"]),
+    "image a number": (change(image=7), ["image is neither"]), "image empty": (change(image=""), ["image is neither"]),
+    "images none": (change(image=[]), ["image is neither"]), "images with a number": (change(image=["blank", 7]), ["image is neither"]),
+    "images with a gap": (change(image=["blank", None]), ["image is neither"]), "images in images": (change(image=[["blank"]]), ["image is neither"]),
+    "images, one missing": (change(image=["blank", "/no/such/picture.png"]), ["/no/such/picture.png", "No such file"]),
     "equal": (change(chosen="a cat .", rejected="a  cat ."), ["chosen equals rejected"]), "empty": (change(rejected=" "), ["empty answer"]),
     "cut off": (change(chosen="a small red"), ["chosen is cut off"]),
     "weight nan": (change(weight=float("nan")), ["weight is not a finite number"]), "weight inf": (change(weight=float("inf")), ["weight is not a finite number"]),
@@ -290,6 +309,16 @@ class TestRecords:
         write_jsonl(tmp_path / "pairs.jsonl", rows)
         assert load_pairs(tmp_path / "pairs.jsonl", vlm) == rows
         assert vlm.features([r["image"] for r in rows]).isfinite().all()
+
+
+    def test_several_pictures(self, vlm, tmp_path):
+        "A list in the file is a tuple in the pair, so that pairs can be grouped by their pictures."
+        row = dict(image=["blank", "scene:beach: small red cat @4"], prompt="describe the picture .", chosen="a red cat .", rejected="a blue cat .")
+        write_jsonl(tmp_path / "pairs.jsonl", [row, row | dict(rejected="a cup ."), row | dict(image=row["image"][::-1]), row | dict(image=None)])
+        rows = load_pairs(tmp_path / "pairs.jsonl", vlm)
+        assert [r["image"] for r in rows] == [tuple(row["image"])] * 2 + [tuple(row["image"][::-1]), None]
+        assert list(map(len, group_pairs(rows))) == [2, 1, 1] and swap_pictures(rows)[0]["image"] == rows[2]["image"]
+        assert vlm.batch([Prompt("", r["prompt"], "", r["image"]) for r in rows]).pictures.counts.tolist() == [2, 2, 2, 0]
 
 
 class TestSkipBad:
@@ -380,6 +409,18 @@ class TestModels:
     def test_is_no_folder(self, tmp_path, path):
         (tmp_path / "file").write_text("")
         with pytest.raises(FileNotFoundError, match="config.json"): load_vlm(tmp_path / path)
+
+    @pytest.mark.parametrize("part", ["tower", "language"])
+    @pytest.mark.parametrize("spoil, words", [
+        (lambda f: os.truncate(f, 1000), "cannot be read"), (lambda f: edit_weights(f, lambda w: dict(list(w.items())[1:])), "is missing"),
+        (lambda f: edit_weights(f, lambda w: {k: v * float("nan") for k, v in w.items()}), "is not finite")])
+    def test_pretrained_parts(self, capsys, tmp_path, monkeypatch, part, spoil, words):
+        "The package's own weights, damaged: one line, before anything is trained."
+        shutil.copytree(sft.files("vlmrlhf_course") / "pretrained", tmp_path / "pretrained")
+        spoil(tmp_path / "pretrained" / part / "model.safetensors")
+        monkeypatch.setattr(sft, "files", lambda package: tmp_path)
+        line = refused(capsys, "sft", "--scale", "smoke", "--out", tmp_path / "run")
+        assert f"{tmp_path / 'pretrained' / part}: " in line and words in line, line
 
     def test_in_a_run(self, capsys, smoke_run, tmp_path):
         shutil.copytree(smoke_run / "sft", tmp_path / "run" / "sft")

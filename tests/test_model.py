@@ -9,6 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from vlmrlhf_course import reward
 from vlmrlhf_course.kl import full_kl, grounded_mask
 from vlmrlhf_course.ppo import ActorCritic, PPOConfig, PPOState, PPOTask, make_experience, train_ppo
 from vlmrlhf_course.preferences import sample_prompts
@@ -409,6 +410,26 @@ def test_early_stopping_brings_back_the_best(vlm, pairs, tmp_path):
     assert pair_accuracy(rm, pairs)["labels"] == max(watch.history) and not rm.training
     for name, w in rm.state().items():
         if not name.startswith("norm."): assert torch.equal(w, watch.best[name])
+
+
+def test_early_stopping_survives_a_resume(vlm, pairs, tmp_path, monkeypatch):
+    "Interrupted after the best look and continued: looks, best weights, the step at which it stops, and the result, as without the stop."
+    cfg = RewardConfig(lora=SMALL_LORA, epochs=40, fit=FitConfig(lr=.1, batch=1, micro_batch=8, save_every=3))
+    def train(folder, break_at=None):
+        torch.manual_seed(3)
+        rm = RewardModel(copy.deepcopy(vlm), cfg).double()
+        watch = EarlyStopping(rm, pairs, every=2, patience=3)
+        def accuracy(*a):   # made up, so that the best look lies before the break
+            if len(watch.history) == break_at: raise KeyboardInterrupt
+            return pair_accuracy(*a) | dict(labels=[.5, .9, .6, .7, .8, .95][len(watch.history)])
+        monkeypatch.setattr(reward, "pair_accuracy", accuracy)
+        return train_reward(rm, pairs, cfg, folder, watch=watch), watch
+    rm, watch = train(tmp_path / "straight")
+    assert watch.history == [.5, .9, .6, .7, .8]
+    with pytest.raises(KeyboardInterrupt): train(tmp_path / "stopped", break_at=3)
+    resumed, again = train(tmp_path / "stopped")
+    assert again.history == watch.history and read_jsonl(tmp_path / "stopped" / "metrics.jsonl") == read_jsonl(tmp_path / "straight" / "metrics.jsonl")
+    for name, w in rm.state().items(): assert torch.equal(w, resumed.state()[name]), name
 
 
 def test_reward_state_round_trip(rm, prompts):

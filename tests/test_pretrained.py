@@ -1,14 +1,18 @@
-"The shipped weights are what `vlmrlhf pretrain` makes: recorded hashes, and the first steps of both fits repeated."
+"The shipped weights are what `vlmrlhf pretrain` makes: recorded hashes, the first steps of both fits repeated, and stops that lose nothing."
 import hashlib
 import json
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import SMALL
+from transformers import PreTrainedModel
 
 from vlmrlhf_course import pretrain as P
+from vlmrlhf_course import sft
 from vlmrlhf_course.runs import read_jsonl
-from vlmrlhf_course.sft import SFTTask, fit
+from vlmrlhf_course.sft import FitConfig, SFTTask, fit
 from vlmrlhf_course.vlm import VLM, VLMConfig, build_model, build_processor
 from vlmrlhf_course.world import sample_scenes
 
@@ -50,3 +54,26 @@ def test_first_steps_of_both_fits_repeat(tmp_path):
     items = P.language_items(sample_scenes(cfg.scenes), cfg.language.batch)
     language = first_losses(items, 3, lambda at: fit(SFTTask(vlm), at, cfg.language, tmp_path / "l", "l"), tmp_path / "l")
     assert language == pytest.approx(RECORD["language"]["losses"], rel=1e-4)
+
+
+@pytest.mark.parametrize("call", range(1, 6))
+def test_a_stop_while_a_part_is_written(tmp_path, monkeypatch, call):
+    "Stopped while the tower, one of three rounds or the language model is written: no step is done again, and the weights are the same."
+    short = FitConfig(steps=2, batch=4, micro_batch=4, save_every=1)
+    cfg = P.PretrainConfig(tower_scenes=8, scenes=8, tower=short, language=short, questions=short, captions=short)
+    write, step, calls, steps = PreTrainedModel.save_pretrained, sft.backward_through, [], []
+    def cut(model, path, **kwargs):
+        write(model, path, **kwargs)
+        calls.append(path)
+        if len(calls) != call: return
+        (Path(path) / "model.safetensors").unlink()   # the configuration is written before the weights
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sft, "backward_through", lambda *a, **k: [step(*a, **k), steps.append(1)][0])
+    P.pretrain(tmp_path / "straight", cfg, SMALL)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", cut)
+    with pytest.raises(KeyboardInterrupt): P.pretrain(tmp_path / "stopped", cfg, SMALL)
+    P.pretrain(tmp_path / "stopped", cfg, SMALL)
+    assert len(steps) == 2 * 8, "a fit of two steps for the tower and each of three rounds, once in either run"
+    def files_of(folder): return {str(f.relative_to(folder)): f.read_bytes() for k in ("safetensors", "jsonl") for f in folder.rglob(f"*.{k}")}
+    assert files_of(tmp_path / "stopped") == files_of(tmp_path / "straight") and not [*tmp_path.rglob("checkpoints"), *tmp_path.rglob(".part-*")]
+    assert json.loads((tmp_path / "stopped" / "record.json").read_text()) == P.record(tmp_path / "straight")

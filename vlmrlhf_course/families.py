@@ -355,7 +355,7 @@ def tiny_model(
     kind: str,                    # a key of FAMILIES
     words: list[str] = WORDS,     # the vocabulary, besides special tokens
     seed: int = 0,
-):                                # a model with some ten thousand random weights, in eval mode, and its processor
+):                                # a model with fifty to a hundred thousand random weights, in eval mode, and its processor
     "A random model of a family, with opinions: its weights are drawn wider than usual."
     config, processor = FAMILIES[kind].tiny(words)
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False

@@ -277,12 +277,14 @@ def _look(ref):
 
 
 def pair_fault(row: dict, vlm: VLM | None = None) -> str | None:
-    "What is wrong with a pair from a file, or None: `doctor`, its picture, its length in tokens."
+    "What is wrong with a pair from a file, or None: `doctor`, its pictures, its length in tokens."
     if fault := doctor(row): return fault
     image = row["image"]
-    if not (image is None or isinstance(image, str) and image): return "image is neither a reference to a picture nor null"
-    try: image and _look(image)
-    except (UserError, ValueError) as e: return f"image {e}" if isinstance(e, UserError) else f"image {image}: {e}"
+    refs = image if isinstance(image, (list, tuple)) and image else [] if image is None else [image]
+    if not all(isinstance(r, str) and r for r in refs): return "image is neither a reference to a picture, nor a list of such, nor null"
+    for ref in refs:
+        try: _look(ref)
+        except (UserError, ValueError) as e: return f"image {e}" if isinstance(e, UserError) else f"image {ref}: {e}"
     if vlm is None: return None
     most = vlm.model.config.get_text_config().max_position_embeddings
     longest = max((row["chosen"], row["rejected"]), key=len)
@@ -295,10 +297,10 @@ def load_pairs(
     vlm: VLM | None = None,        # the model that will read them: also check their length
     skipped: dict | None = None,   # given: leave out bad records and note them here, place → fault
 ) -> list[dict]:
-    "Read pairs, each checked by `pair_fault`. Raises UserError that names file, line and remedy."
+    "Read pairs, each checked by `pair_fault`; a list of pictures becomes a tuple. Raises UserError that names file, line and remedy."
     rows = read_jsonl(path, ("image", "prompt", "chosen", "rejected"), lambda row: pair_fault(row, vlm), skipped)
     if not rows: raise UserError(f"{path}: no pairs; lower preferences.min_gap or ask more prompts, and delete that folder")
-    return rows
+    return [r | dict(image=tuple(r["image"])) if isinstance(r["image"], list) else r for r in rows]   # pairs are grouped by their pictures
 
 # %% ../nbs/04_preferences.ipynb #stage
 def preferences_stage(run: Run) -> tuple[list[dict], list[dict]]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration, SiglipVisionModel
-from .runs import read_jsonl, write_text
+from .runs import read_jsonl, save_folder, sweep, write_text
 from .sft import FitConfig, SFTTask, careless, fit
 from .vlm import VLM, VLMConfig, build_model, build_processor
 from .world import COLOURS, NOUNS, RELATIONS, SIZES, Prompt, Scene, WorldConfig, draw, make_prompt, sample_scenes
@@ -129,18 +129,21 @@ def pretrain(
     folder = Path(folder)
     vlm = VLM(build_model(model), build_processor(model))
     if not (folder / "tower" / "config.json").is_file():
-        fit(TowerTask(vlm, sample_scenes(cfg.tower_scenes)), tower_items(cfg.tower_scenes, cfg.tower.batch), cfg.tower, folder / "fit-tower", "tower")
-        vlm.tower.save_pretrained(folder / "tower")
+        fit(TowerTask(vlm, sample_scenes(cfg.tower_scenes)), tower_items(cfg.tower_scenes, cfg.tower.batch), cfg.tower,
+            folder / "fit-tower", "tower", clear=False)
+        save_folder(folder / "tower", vlm.tower.save_pretrained)
+        sweep(folder / "fit-tower")   # its checkpoints, now that the result is on the disk
     vlm.tower.load_state_dict(SiglipVisionModel.from_pretrained(folder / "tower").state_dict())
     vlm.tower.requires_grad_(False)
     scenes = sample_scenes(cfg.scenes)
     rounds = (("language", cfg.language, MIXED, None), ("questions", cfg.questions, QUESTIONS, None), ("captions", cfg.captions, MIXED, cfg.sloppy))
     for name, stage, kinds, sloppy in rounds:
         if not (folder / f"after-{name}" / "config.json").is_file():
-            fit(SFTTask(vlm), language_items(scenes, stage.batch, kinds, sloppy), stage, folder / f"fit-{name}", name)
-            vlm.model.save_pretrained(folder / f"after-{name}")
+            fit(SFTTask(vlm), language_items(scenes, stage.batch, kinds, sloppy), stage, folder / f"fit-{name}", name, clear=False)
+            save_folder(folder / f"after-{name}", vlm.model.save_pretrained)
+            sweep(folder / f"fit-{name}")
         vlm.model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(folder / f"after-{name}").state_dict())
     language = LlamaForCausalLM(vlm.language.config)
     language.model.load_state_dict(vlm.language.state_dict()), language.lm_head.load_state_dict(vlm.model.lm_head.state_dict())
-    language.save_pretrained(folder / "language")
+    save_folder(folder / "language", language.save_pretrained)
     write_text(folder / "record.json", json.dumps(record(folder), indent=1) + "\n")

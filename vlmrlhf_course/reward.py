@@ -212,6 +212,9 @@ class EarlyStopping:
         if self.history.index(max(self.history)) == len(self.history) - 1: self.best = {k: v.clone() for k, v in self.rm.state().items()}
         return early_stop(self.history, self.patience)
 
+    def state_dict(self): return dict(history=self.history, best=self.best)   # a run that is continued must not forget its best
+    def load_state_dict(self, s): self.history, self.best = s["history"], s["best"]
+
 # %% ../nbs/05_reward.ipynb #train
 def train_reward(
     rm: RewardModel,

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
-from .runs import Checkpoints, MetricLog, Run, StepGuard, check_mixture, check_ranges, make_accelerator, progress, sweep
+from .runs import Checkpoints, MetricLog, Run, StepGuard, check_mixture, check_ranges, load_model, make_accelerator, progress, sweep
 from .vlm import VLM, VLMConfig, answer, build_model, build_processor, load_vlm, save_vlm, token_logprobs
 from .world import KINDS, NUMBERS, Prompt, WorldConfig, describe, imagine, judge, make_prompt, sample_scenes, summarise
 
@@ -114,7 +114,7 @@ def fit(
     cfg: FitConfig,
     folder: Path,      # for checkpoints and metrics
     text: str,         # label of the progress bar
-    stop=None,            # number of steps done -> bool: end early?
+    stop=None,            # number of steps done -> bool: end early? If it has a `state_dict`, checkpoints hold it
     clear: bool = True,   # remove the checkpoints at the end; False: whoever writes the result does, after that
 ):
     "Train the parameters of `task` that require gradients. Resumes from the last checkpoint in `folder`."
@@ -123,7 +123,7 @@ def fit(
     optimizer = torch.optim.AdamW(params, cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.98), fused=True)
     task, optimizer = accelerator.prepare(task, optimizer)
     saved, guard = Checkpoints(Path(folder) / "checkpoints", accelerator), StepGuard(accelerator, text)
-    accelerator.register_for_checkpointing(guard)
+    accelerator.register_for_checkpointing(guard, *([stop] if hasattr(stop, "state_dict") else []))
     start = saved.load()
     log = MetricLog(folder, start, accelerator.is_main_process)
     for step in progress(range(start, cfg.steps), text):
@@ -142,7 +142,7 @@ def fit(
 def pretrained_vlm(seed: int = 0) -> VLM:
     "Pretrained tower and language model, joined by a projector that has learned nothing yet."
     folder = files("vlmrlhf_course") / "pretrained"
-    tower, language = AutoModel.from_pretrained(folder / "tower"), AutoModelForCausalLM.from_pretrained(folder / "language")
+    tower, language = load_model(AutoModel, folder / "tower"), load_model(AutoModelForCausalLM, folder / "language")
     seen = getattr(tower.config, "vision_config", tower.config)
     cfg = VLMConfig(width=language.config.hidden_size, layers=language.config.num_hidden_layers, vision_width=seen.hidden_size)
     with torch.random.fork_rng():

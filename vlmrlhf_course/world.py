@@ -14,7 +14,7 @@ import hashlib
 import random
 import re
 from dataclasses import dataclass, replace
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from .settings import UserError, check_ranges
 
 # %% ../nbs/01_world.ipynb #vocab
@@ -220,11 +220,12 @@ def open_image(
     ref: str,         # `scene:` and a scene's line of text, `blank` (all grey), or the path of a picture file
     size: int = 96,   # for scenes: width and height in pixels; files keep their size
 ) -> Image.Image:     # RGB
-    "The picture behind a reference: data files name drawn and real pictures alike. Raises UserError where it cannot be read."
+    "The picture behind a reference, upright: data files name drawn and real pictures alike. Raises UserError where it cannot be read."
     if ref == "blank": return Image.new("RGB", (size, size), (128, 128, 128))
     try:
         if ref.startswith("scene:"): return draw(parse_scene(ref[6:]), size)
-        with Image.open(ref) as img: return img.convert("RGB")
+        with Image.open(ref) as img: upright = ImageOps.exif_transpose(img)
+        return (upright.convert("I").point(lambda v: v / 256) if upright.mode[0] == "I" else upright).convert("RGB")   # I: 16 bits of grey
     except Exception as e:   # Pillow raises a dozen kinds
         raise UserError(f"{ref}: not a picture ({getattr(e, 'strerror', None) or e}); give a picture file, `blank`, or `scene:…`") from None
 
