@@ -18,9 +18,9 @@ lab: .venv/ready          ## JupyterLab on the chapters
 export: .venv/ready       ## chapters to modules
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
 
-proof: .venv/ready        ## the slow tests, then thirty kills: minutes
-	$(BIN)/python -m pytest -m slow || test $$? -eq 5   # 5: there are none
+proof: .venv/ready        ## thirty kills, then every mutant: minutes, recorded in tests/proofs.json
 	$(BIN)/python tests/kill.py --kills 30 --scale smoke
+	$(BIN)/python tests/mutants.py
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

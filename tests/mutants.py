@@ -1,6 +1,6 @@
 """Do our tests notice? Each mutant breaks one line of the library the way people do; the tests named beside it must fail.
 
-    python tests/mutants.py                    # all of them, about five minutes; exits 1 if any survives
+    python tests/mutants.py                    # all of them, about five minutes; exits 1 if any survives; recorded in tests/proofs.json
     python tests/mutants.py --only gae         # those whose name holds `gae`
     python tests/mutants.py --jobs 2
 
@@ -8,12 +8,14 @@ A mutant is (where, what it does, old snippet, new snippet); the snippet must oc
 Each runs in a fork of one warm process, on a copy of the package in a temporary folder; the sources are never touched."""
 import argparse
 import ast
+import json
 import os
 import shutil
 import signal
 import sys
 import tempfile
 import time
+from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
@@ -373,6 +375,13 @@ def warm_up():
     sys.path.remove(str(PACKAGE.parent))
 
 
+def record(counts: dict):
+    "Write what was found to tests/proofs.json."
+    file = TESTS / "proofs.json"
+    proofs = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(proofs | dict(mutants=counts | dict(date=str(date.today()))), indent=1) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", metavar="NAME", help="mutants whose name holds this")
@@ -398,6 +407,7 @@ def main():
         if what == "ERROR": print(log[-1500:])
     run_all([(m.tests, m) for m in chosen], args.jobs, report)
     print(", ".join(f"{n} {what}" for what, n in counts.items()))
+    if not args.only: record(counts)
     sys.exit(counts["killed"] < len(chosen))
 
 

@@ -1,12 +1,13 @@
 "Properties: what must not change a result, and what must. Gradients of the KL estimators and of PPO by enumeration."
 import copy
 import itertools
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FAULTY, SCENE, SMALL, shake
+from conftest import FAULTY, REPO, SCENE, SMALL, shake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutants import MUTANTS, mutate
@@ -380,3 +381,11 @@ def test_a_tower_that_learns_is_asked_every_time(vlm, prompts):
 def test_each_mutant_still_matches_its_source(mutant):
     "`python tests/mutants.py` is too slow for every day; that its snippets are there is not."
     assert mutate(mutant)
+
+
+def test_the_long_proofs_are_recorded():
+    "`make proof` was run on the mutants that are there now, and on thirty kills: tests/proofs.json."
+    proofs = json.loads((REPO / "tests" / "proofs.json").read_text("utf-8"))
+    assert proofs["mutants"]["killed"] == len(MUTANTS) and not proofs["mutants"]["SURVIVED"]
+    assert proofs["kill"]["kills"] >= 30 and {"sft", "preferences", "reward", "ppo", "evaluate"} <= proofs["kill"]["hit"].keys()
+    assert proofs["kill"]["while_a_checkpoint_was_written"] > 0

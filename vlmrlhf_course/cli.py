@@ -17,7 +17,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from pathlib import Path
 from safetensors import SafetensorError
 from .settings import UserError, alone, is_main, load_layers, load_settings, nearest, scales, write_text
@@ -241,7 +240,6 @@ def main(argv: list[str] | None = None) -> int:
     quiet = dict(TRANSFORMERS_VERBOSITY="error", TRANSFORMERS_NO_ADVISORY_WARNINGS="1", HF_HUB_OFFLINE="1",
                  HF_HUB_DISABLE_PROGRESS_BARS="1")
     for key, value in quiet.items(): os.environ.setdefault(key, value)
-    warnings.filterwarnings("ignore", "Already found a `peft_config`")   # one model, several adapters: that is meant
     if os.environ.get("VLMRLHF_ARM"): end_with_parent()
     if not is_main(): sys.stdout = open(os.devnull, "w")   # of several processes one speaks
     try: return execute(build_parser().parse_args(argv))
