@@ -1,6 +1,9 @@
-"""Write tests/ledger.json and README.md's tables from a run's report.json.  python tests/make_ledger.py runs/tiny-seed-0/report.json"""
+"""Write tests/ledger.json and README.md's tables from `vlmrlhf run --seeds 3`: the report of seed 0, and the spread over all.
+
+    python tests/make_ledger.py runs/tiny-seed-0"""
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -16,6 +19,10 @@ REWARD_MODEL = {"pair_accuracy": "agrees with the annotators", "pair_accuracy_go
                 "kappa": "annotators among themselves (Fleiss' kappa)"}
 
 
+SPREAD = {"sft": "SFT", "best_of_n": "best of 8, by the reward model", "ppo_rm": "PPO on the reward model", "ppo": "**PPO on reward model + penalty**",
+          "gold": "PPO on the exact score (upper bound)"}
+
+
 def shown(value: float) -> str: return f"{value:.3f}" if value < 1 else f"{value:.1f}"
 
 
@@ -25,17 +32,32 @@ def ledger(report: dict) -> dict[str, str]:
     return cells | {f"reward_model.{k}": f"{report['reward_model'][k]:.3f}" for k in REWARD_MODEL}
 
 
+def over_seeds(reports: list[dict]) -> dict[str, str]:
+    "Mean and standard deviation over runs, and how far false mentions fall in the mean and in each run."
+    def pm(xs): return f"{statistics.fmean(xs):.3f} ± {statistics.stdev(xs):.3f}"
+    found = {f"seeds.{row}.{col}": pm([r[row][col] for r in reports]) for row in SPREAD for col in ("chair_i", "recall", "attribute_error")}
+    for row in [*SPREAD][1:]:
+        found[f"seeds.{row}.fall"] = ", ".join(f"{1 - r[row]['chair_i'] / r['sft']['chair_i']:.0%}" for r in reports)
+    return found
+
+
 def tables(numbers: dict[str, str]) -> str:
     "The README's tables."
     lines = ["| 300 held-out pictures | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(numbers[f"{row}.{col}"] for col in COLUMNS) + " |" for row, name in ROWS.items()]
+    lines += ["", "| three seeds, mean ± standard deviation | false mentions | recall | wrong attributes | false mentions less than SFT's, by seed |",
+              "|---" * 5 + "|"]
+    for row, name in SPREAD.items():
+        cells = [numbers.get(f"seeds.{row}.{col}", "") for col in ("chair_i", "recall", "attribute_error", "fall")]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", "| reward model | on held-out pairs |", "|---|---|"]
     return "\n".join(lines + [f"| {name} | {numbers[f'reward_model.{key}']} |" for key, name in REWARD_MODEL.items()])
 
 
 if __name__ == "__main__":
-    numbers = ledger(json.loads(Path(sys.argv[1]).read_text("utf-8")))
-    (REPO / "tests" / "ledger.json").write_text(json.dumps(numbers, indent=1) + "\n", "utf-8")
+    reports = [json.loads(file.read_text("utf-8")) for file in sorted(Path(sys.argv[1]).glob("seed-*/report.json"))]
+    numbers = ledger(reports[0]) | over_seeds(reports)
+    (REPO / "tests" / "ledger.json").write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", "utf-8")
     readme = REPO / "README.md"
-    text = re.sub(r"<!-- table -->.*?<!-- /table -->", lambda m: f"<!-- table -->\n{tables(numbers)}\n<!-- /table -->", readme.read_text("utf-8"), flags=re.S)
-    readme.write_text(text, "utf-8")
+    new = f"<!-- table -->\n{tables(numbers)}\n<!-- /table -->"
+    readme.write_text(re.sub(r"<!-- table -->.*?<!-- /table -->", lambda m: new, readme.read_text("utf-8"), flags=re.S), "utf-8")

@@ -160,7 +160,7 @@ def load_vlm(path: str | Path) -> VLM:
     if not (Path(path) / "config.json").is_file():
         raise FileNotFoundError(f"{path}: no config.json there; give a folder with a saved vision-language model")
     model = load_model(AutoModelForImageTextToText, path)
-    with reading(path, "take the model's own processor"): processor = AutoProcessor.from_pretrained(path, use_fast=False, backend="pil")
+    with reading(path, "take the model's own processor"): processor = AutoProcessor.from_pretrained(path, backend="pil")
     if model.config.image_token_id not in getattr(processor, "tokenizer", processor).get_vocab().values():
         raise UserError(f"{path}: its tokenizer lacks token {model.config.image_token_id}, the image; take the model's own processor")
     return VLM(model, processor)
