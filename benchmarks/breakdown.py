@@ -2,14 +2,18 @@
 `python -m benchmarks.breakdown`."""
 import argparse
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from benchmarks.common import Clock, Library, build, fresh_prompts, matmul_rate, medians, number, save, table, update_flops
+from vlmrlhf_course import rollout
 from vlmrlhf_course.ppo import PPOConfig, answer_scores, make_experience, minibatches
 from vlmrlhf_course.rollout import Rollout, padding_share
-from vlmrlhf_course.vlm import VLMConfig, token_logprobs
+from vlmrlhf_course.vlm import VLMConfig, answer, token_logprobs
 
 
 # --- an iteration, part by part -----------------------------------------------------------------------------------------------
@@ -31,6 +35,46 @@ def parts(cfg: PPOConfig, rounds: int, sizes: VLMConfig | None = None) -> dict[s
              "judging texts (true score, penalty)": t["judge"], "update: forward and backward": t["backward"],
              "update: clipping and optimiser": t["step"]}
     return named | {"rest": t["all"] - sum(named.values()), "all": t["all"]}
+
+
+# --- ways to keep keys and values -----------------------------------------------------------------------------------------------
+
+class Reserved(DynamicLayer):
+    "A cache layer in memory that is reserved once: a new token is written into it, not joined to a copy of all that is there."
+    def update(self, keys, values, *args, **kwargs):
+        n = self.keys.shape[-2] if self.is_initialized else 0
+        if not n:
+            self.lazy_initialization(keys, values)
+            self.room = [x.new_empty(*x.shape[:2], x.shape[-2] + PPOConfig.max_new_tokens, x.shape[-1]) for x in (keys, values)]
+        end = n + keys.shape[-2]
+        for room, x in zip(self.room, (keys, values)): room[:, :, n:end] = x
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        n, self.room = self.keys.shape[-2], [room[indices] for room in self.room]
+        self.keys, self.values = (room[:, :, :n] for room in self.room)
+
+
+def caches(cfg: PPOConfig, rounds: int, sizes: VLMConfig | None = None) -> dict[str, float]:
+    "Seconds an answer of sampling, by how the loop keeps keys and values, and of `generate`. All ways of the loop must say the same."
+    policy, _ = build(cfg, sizes)
+    vlm, clock, found = policy.vlm, Clock(), []
+    text = vlm.model.config.get_text_config()
+    ways = {"cache appended, done rows dropped (the library)": (DynamicCache, {}),
+            "cache reserved, done rows dropped": (lambda: Cache(layer_class_to_replicate=Reserved), {}),
+            "cache appended, all rows kept": (DynamicCache, dict(drop=2.)),
+            "transformers' StaticCache, all rows kept": (lambda: StaticCache(text, text.max_position_embeddings // 4), dict(drop=2.))}
+    for step, prompts in enumerate(fresh_prompts(cfg, cfg.answers, rounds + 1)):
+        vlm.features([p.image for p in prompts])
+        said = {}
+        for name, (make, how) in ways.items():
+            with patch.object(rollout, "DynamicCache", make), clock(name):
+                roll = rollout.sample(vlm, prompts, "actor", cfg.temperature, cfg.max_new_tokens, seed=step, **how)
+            assert torch.equal(said.setdefault(str(how), roll.batch.answers), roll.batch.answers), name
+        with clock("transformers' generate"): answer(vlm, prompts, cfg.temperature, step, cfg.max_new_tokens, role="actor")
+        found.append({k: t / cfg.answers for k, t in clock.take().items()})
+    return medians(found[1:])
 
 
 # --- the update against matrix products ------------------------------------------------------------------------------------------
@@ -111,9 +155,14 @@ def parts_table(result: dict) -> str:
                  [[k, number(1000 * v / n), f"{v / all_:.0%}"] for k, v in result["parts"].items()])
 
 
+def cache_table(result: dict) -> str:
+    "Ways to keep keys and values."
+    return table(["sampling", "ms per answer"], [[k, number(1000 * v)] for k, v in result["caches"].items()])
+
+
 def rows(result: dict) -> str:
     "The tables of README.md."
-    first = parts_table(result)
+    first, ways = parts_table(result), cache_table(result)
     def line(r):
         figures = [number(r[k]) for k in ("mflop", "ms", "gflop_per_s", "matmul_gflop_per_s")]
         return [r["width"], r["minibatch"], r["micro_batch"], f"{r['padding']:.0%}", *figures, f"{r['ratio']:.0%}"]
@@ -121,26 +170,22 @@ def rows(result: dict) -> str:
             "ratio"]
     second = table(head, [line(r) for r in result["by_batch"] + result["by_width"]])
     third = table(["kind of operation in an update", "share of its time"], [[k, f"{v:.0%}"] for k, v in result["ops"].items()])
-    return "\n\n".join([first, second, third])
+    return "\n\n".join([first, ways, second, third])
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--answers", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256])
-    parser.add_argument("--micro-batches", type=int, nargs="*", default=[32, 16])
+    parser.add_argument("--micro-batches", type=int, nargs="*", default=[4, 8, 16, 20, 32, 64])
     parser.add_argument("--widths", type=int, nargs="+", default=[48, 192, 384, 768])
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    cfg = PPOConfig(answers=args.answers, minibatch=min(64, args.answers), actor_lr=1e-9, critic_lr=1e-9)
-    def at(n, micro=None): return replace(cfg, answers=max(n, cfg.answers), minibatch=n, micro_batch=micro or n)
-    sizes = [(n, n) for n in args.batches] + [(cfg.minibatch, m) for m in args.micro_batches]
-    by_batch = [update_rate(at(*size), None, args.rounds) for size in sizes]
-    by_width = [update_rate(at(cfg.minibatch), VLMConfig(width=w), max(2, args.rounds // 2)) for w in args.widths]
-    result = save("breakdown", dict(answers=cfg.answers, rounds=args.rounds, parts=parts(cfg, args.rounds), by_batch=by_batch,
-                                    by_width=by_width,
-                                    ops=op_shares(at(cfg.minibatch))))
+    cfg = PPOConfig(answers=args.answers, minibatch=min(64, args.answers), epochs=1, actor_lr=1e-9, critic_lr=1e-9)
+    by_batch = [update_rate(replace(cfg, micro_batch=m), None, args.rounds) for m in args.micro_batches]
+    by_width = [update_rate(cfg, VLMConfig(width=w), max(2, args.rounds // 2)) for w in args.widths]
+    result = save("breakdown", dict(answers=cfg.answers, rounds=args.rounds, parts=parts(cfg, args.rounds), caches=caches(cfg, args.rounds),
+                                    by_batch=by_batch, by_width=by_width, ops=op_shares(cfg)))
     print(rows(result))
 
 

@@ -122,6 +122,11 @@ def test_update_rate_and_operations(monkeypatch):
                                  breakdown.REST]
 
 
+def test_every_cache_says_the_same():
+    ways = breakdown.caches(CFG, 1, SMALL)
+    assert len(ways) == 5 and all(t > 0 for t in ways.values())
+
+
 def test_endless_answers_have_the_length_asked_for():
     policy, _ = common.build(CFG, SMALL)
     policy.vlm.__class__ = common.Endless
