@@ -652,8 +652,9 @@ def gradients(task, items, micro_batch):
 def same_for_every_split(task, items, tolerance=1e-6):
     whole = gradients(task, items, len(items))
     for size in (1, 2, len(items) - 1):
-        loss, _, grads = gradients(task, items, size)
+        loss, more, grads = gradients(task, items, size)
         assert loss == pytest.approx(whole[0], rel=tolerance) and grads.keys() == whole[2].keys()
+        for name in more.keys() - {"spread"}: assert more[name] == pytest.approx(whole[1][name], rel=1e-5, abs=1e-7), name   # a spread is no mean
         for name, g in grads.items(): assert_close(g, whole[2][name], rtol=1e-5, atol=1e-7 * float(whole[2][name].abs().max() + 1e-3))
     return whole
 

@@ -158,6 +158,7 @@ def answer_scores(
     "The reward of each answer: learned, learned + penalty, or the exact score. An answer without EOS gets `no_eos` at most."
     said = texts(rm.vlm, roll)
     learned = rm(roll.batch, states)
+    learned = learned.to(torch.promote_types(learned.dtype, torch.float32))                  # half precision rounds points
     truth = learned.new_tensor([true_score(p, a) if p.scene else 0. for p, a in zip(roll.prompts, said)])
     info = dict(reward=float(learned.mean()), reward_std=float(learned.std(correction=0)),
                 reward_min=float(learned.min()), reward_max=float(learned.max()))
@@ -165,8 +166,7 @@ def answer_scores(
     if cfg.reward == "gold": score = truth - 5                                               # … but here
     elif cfg.reward == "rm+penalty":
         extra = [penalty(judge(a, p.scene), cfg.penalty, step) if p.scene else 0. for p, a in zip(roll.prompts, said)]
-        extra = learned.new_tensor(extra)
-        score, info["penalty"] = learned + extra, float(extra.mean())
+        score, info["penalty"] = learned + learned.new_tensor(extra), sum(extra) / len(extra)
     elif cfg.reward != "rm": raise ValueError(f"reward {cfg.reward!r}: give rm, rm+penalty or gold")
     score = score - cfg.length_cost * roll.batch.lengths
     score = torch.where(roll.ended, score, score.clamp(max=cfg.no_eos))   # at most: a worse answer must not gain by never ending

@@ -181,8 +181,9 @@ def pair_accuracy(
 ) -> dict[str, float]:         # accuracy against the labels, and against the truth (`gold`) where it is known
     "Share of pairs whose chosen answer has the higher reward."
     task, hits = RewardTask(rm), []
+    def shown(own): return image if isinstance(own, str) else (image,) * len(own)
     for i in range(0, len(rows), 200):
-        part = [r | ({"image": image} if image and r["image"] else {}) | ({"prompt": prompt} if prompt else {}) for r in rows[i:i + 200]]
+        part = [r | ({"image": shown(r["image"])} if image and r["image"] else {}) | ({"prompt": prompt} if prompt else {}) for r in rows[i:i + 200]]
         batch, pairs = task.collate([part])
         s = rm(batch)
         hits += [bool(s[c] > s[r]) for c, r, _ in pairs]

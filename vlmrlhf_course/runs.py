@@ -52,10 +52,10 @@ def lost_peer(error: BaseException) -> bool:
 
 # %% ../nbs/90_runs.ipynb #memory
 def keep_memory():
-    "Keep freed memory for the next step (glibc hands large blocks back and takes them again, zeroed, at each). Elsewhere: nothing."
+    "Keep freed memory for the next step, which takes it again (glibc hands it back now and then). Elsewhere: nothing."
     try: mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError): return
-    for option in (-1, -3): mallopt(option, 2 ** 30)   # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    if mallopt(-3, 2 ** 25): mallopt(-1, 2 ** 30)   # M_MMAP_THRESHOLD at its maximum, then M_TRIM_THRESHOLD: alone, the second does harm
 
 
 # %% ../nbs/90_runs.ipynb #record
@@ -79,7 +79,8 @@ def same_settings(file: Path, uses: dict) -> bool:
 
 # %% ../nbs/90_runs.ipynb #lock
 def sweep(folder: Path):
-    "Remove what only a stage in progress needs: checkpoints, and files that a crash left half-written."
+    "Remove what only a stage in progress needs: checkpoints, and files that a crash left half-written. The main process does it."
+    if not is_main(): return
     for rest in [*folder.rglob("checkpoints"), *folder.rglob(".part-*"), *folder.rglob(".*.[0-9]*")]:
         if rest.is_dir(): shutil.rmtree(rest, ignore_errors=True)
         else: rest.unlink(missing_ok=True)

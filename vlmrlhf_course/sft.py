@@ -95,15 +95,16 @@ def backward_through(
     mine = items[accelerator.process_index::world] if shard else items
     parts = [mine[i:i + micro_batch] for i in range(0, math.ceil(len(items) / (world if shard else 1)), micro_batch)]
     batches = [bare.collate(part or items[:1]) for part in parts]   # who has less than the others does an item that counts for nothing
-    count = torch.tensor(float(sum(bare.count(b) for b, part in zip(batches, parts) if part)), device=accelerator.device)
-    total = accelerator.reduce(count, "sum").clamp(min=1)
+    counts = [bare.count(b) if part else 0 for b, part in zip(batches, parts)]
+    total = accelerator.reduce(torch.tensor(float(sum(counts)), device=accelerator.device), "sum").clamp(min=1)
     loss, metrics = 0., {}
-    for i, (b, part) in enumerate(zip(batches, parts)):
-        with accelerator.no_sync(task) if i + 1 < len(parts) else nullcontext():   # processes exchange gradients once
+    for i, (b, part, count) in enumerate(zip(batches, parts, counts)):
+        last = accelerator.sync_gradients = i + 1 == len(parts)     # processes exchange gradients once, and DeepSpeed steps once
+        with nullcontext() if last else accelerator.no_sync(task):
             summed, more = task(b)
-            accelerator.backward(summed * bool(part) * world / total)              # DDP averages over processes: undo that
+            accelerator.backward(summed * bool(part) * world / total)     # DDP averages over processes: undo that
         loss = loss + summed.detach() * bool(part) / total
-        metrics = {k: metrics.get(k, 0.) + v / len(parts) for k, v in more.items()}
+        metrics = {k: metrics.get(k, 0.) + v * count / max(1, sum(counts)) for k, v in more.items()}
     return float(accelerator.reduce(loss, "sum")), metrics
 
 
