@@ -698,7 +698,7 @@ def test_reward_does_not_depend_on_micro_batches(rm, pairs):
 @pytest.fixture
 def experience(policy, token_rm, vlm, prompts):
     push(vlm, [vlm.eos_id], 2.)
-    cfg = PPOConfig(critic=policy.kind, reward="rm", lora=SMALL_LORA)
+    cfg = PPOConfig(critic=policy.kind, reward="rm", micro_batch=2, lora=SMALL_LORA)
     roll = sample(vlm, prompts, "actor", max_new_tokens=9, seed=2)
     return cfg, roll, *make_experience(policy, token_rm, roll, cfg, beta=.1)
 
