@@ -1,4 +1,4 @@
-"""Write tests/ledger.json and README.md's tables from `vlmrlhf run --seeds 3`: the report of seed 0, and the spread over all.
+"""Write tests/ledger.json, README.md's tables and the figures that chapters quote from `vlmrlhf run --seeds 3`: the report of seed 0, and the spread over all.
 
     python tests/make_ledger.py runs/tiny-seed-0"""
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 REPO = Path(__file__).parent.parent
 ROWS = {"sft": "SFT", "sft_greedy": "SFT, temperature 0", "sft_blank": "SFT, picture blanked", "best_of_n": "best of 8, by the reward model",
         "ppo_rm": "PPO on the reward model", "ppo": "**PPO on reward model + penalty**", "ppo_greedy": "the same, temperature 0",
-        "gold": "PPO on the exact score (upper bound)"}
+        "gold": "PPO on the exact score (what a perfect judge would give)"}
 COLUMNS = {"chair_i": "false mentions (CHAIR_i)", "recall": "recall of true things", "attribute_error": "wrong attributes",
            "relation_error": "wrong relations", "facts": "true facts per answer", "length": "words", "true_score": "true score (0–10)",
            "kl": "KL (nats)"}
@@ -20,7 +20,7 @@ REWARD_MODEL = {"pair_accuracy": "agrees with the annotators", "pair_accuracy_go
 
 
 SPREAD = {"sft": "SFT", "best_of_n": "best of 8, by the reward model", "ppo_rm": "PPO on the reward model", "ppo": "**PPO on reward model + penalty**",
-          "gold": "PPO on the exact score (upper bound)"}
+          "gold": "PPO on the exact score (what a perfect judge would give)"}
 
 
 def shown(value: float) -> str: return f"{value:.3f}" if value < 1 else f"{value:.1f}"
@@ -61,3 +61,7 @@ if __name__ == "__main__":
     readme = REPO / "README.md"
     new = f"<!-- table -->\n{tables(numbers)}\n<!-- /table -->"
     readme.write_text(re.sub(r"<!-- table -->.*?<!-- /table -->", lambda m: new, readme.read_text("utf-8"), flags=re.S), "utf-8")
+    for chapter in (REPO / "nbs").glob("*.ipynb"):   # `0.123<!--ppo.chair_i-->`
+        text = chapter.read_text("utf-8")
+        quoted = re.sub(r"[\d.]+<!--([\w.]+)-->", lambda m: f"{numbers[m[1]]}<!--{m[1]}-->" if m[1] in numbers else m[0], text)
+        if quoted != text: chapter.write_text(quoted, "utf-8")
