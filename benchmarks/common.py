@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import torch
 from transformers.utils import logging
 
-from vlmrlhf_course.ppo import ActorCritic, PPOConfig, PPOTask, make_experience, minibatches, seed_of
+from vlmrlhf_course.ppo import ActorCritic, PPOConfig, PPOTask, make_experience, minibatches, ppo_optimizer, seed_of
 from vlmrlhf_course.preferences import sample_prompts
 from vlmrlhf_course.reward import RewardConfig, RewardModel
 from vlmrlhf_course.rollout import sample
@@ -87,11 +87,8 @@ class Library:
     def __init__(self, policy: ActorCritic, rm: RewardModel, cfg: PPOConfig, seed: int = 0):
         self.policy, self.rm, self.cfg, self.seed, self.clock = policy, rm, cfg, seed, Clock(policy.vlm.device)
         self.accelerator = make_accelerator()
-        actor, critic = policy.role_groups()
-        self.params = actor + critic
-        optimizer = torch.optim.AdamW([dict(params=actor, lr=cfg.actor_lr), dict(params=critic, lr=cfg.critic_lr)],
-                                      betas=(.9, .95), weight_decay=0., fused=True)
-        self.task, self.optimizer = self.accelerator.prepare(PPOTask(policy, cfg), optimizer)
+        self.params = [p for group in policy.role_groups() for p in group]
+        self.task, self.optimizer = self.accelerator.prepare(PPOTask(policy, cfg), ppo_optimizer(policy, cfg))
 
     def experience(self, prompts, step: int):
         "Encode, sample, score."

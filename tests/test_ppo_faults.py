@@ -1,4 +1,6 @@
 "What PPO does when numbers break: an update that is not finite is skipped and counted, three in a row stop the run, and so does a KL that no rollback tames."
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import SMALL
@@ -157,6 +159,17 @@ def test_length_costs_points(spoken):
     want = plain - .5 * roll.batch.lengths
     assert_close(dear, torch.where(roll.ended, want, want.clamp(max=cfg.no_eos)))
     assert info["score"] == pytest.approx(float(dear.mean())) and info["reward_min"] <= info["reward"] <= info["reward_max"] and info["reward_std"] > 0
+
+
+def test_half_precision_does_not_round_points(spoken):
+    "The reward model may answer in bfloat16; the exact score keeps its decimals."
+    rm, roll = spoken
+    whole = replace(roll, ended=torch.ones_like(roll.ended))
+    class Half:
+        vlm = rm.vlm
+        def __call__(self, *args): return rm(*args).bfloat16()
+    exact, half = (answer_scores(model, whole, config(reward="gold", length_cost=.01))[0] for model in (rm, Half()))
+    assert torch.equal(exact, half) and half.dtype == torch.float32
 
 
 def test_every_metric_is_logged(tmp_path):

@@ -125,12 +125,12 @@ def test_ppo_on_two_processes_keeps_them_alike(two):
 
 class OneOf:
     "An accelerator as process `rank` of `world` sees it, the others left out."
-    def __init__(self, rank, world): self.process_index, self.num_processes, self.device, self.passes = rank, world, "cpu", 0
+    def __init__(self, rank, world): self.process_index, self.num_processes, self.device, self.passes, self.synced = rank, world, "cpu", 0, []
     def unwrap_model(self, task): return task
     def no_sync(self, task): return nullcontext()
     def reduce(self, x, how): return x
     def gather(self, x): return x
-    def backward(self, loss): self.passes += 1
+    def backward(self, loss): self.passes, self.synced = self.passes + 1, [*self.synced, self.sync_gradients]
 
 
 class Counting(nn.Module):
@@ -141,9 +141,10 @@ class Counting(nn.Module):
 
 @given(st.integers(1, 30), st.integers(1, 6), st.integers(2, 4))
 def test_every_process_exchanges_gradients_equally_often(size, micro_batch, world):
-    "DDP exchanges gradients in each backward pass: where the numbers of passes differ, the run hangs."
+    "DDP exchanges gradients in a backward pass: where the numbers of passes differ, the run hangs. DeepSpeed steps in each that is marked."
     passes = []
     for rank in range(world):
         backward_through(Counting(), list(range(size)), micro_batch, me := OneOf(rank, world))
         passes.append(me.passes)
+        assert me.synced == [False] * (me.passes - 1) + [True]
     assert len(set(passes)) == 1

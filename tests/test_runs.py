@@ -383,3 +383,14 @@ class TestStepGuard:
         _, rows = self.run(tmp_path / "a", weights, save_every=2)
         assert [r["skipped"] for r in rows] == [0, 1, 1, 1]
         assert rows == self.run(tmp_path / "b", weights)[1]
+
+
+def test_one_process_sweeps(tmp_path, monkeypatch):
+    "Two that remove the same tree trip over each other."
+    (tmp_path / "fit" / "checkpoints" / "step-3").mkdir(parents=True)
+    monkeypatch.setattr(runs_module, "is_main", lambda: False)
+    runs_module.sweep(tmp_path)
+    assert (tmp_path / "fit" / "checkpoints" / "step-3").is_dir()
+    monkeypatch.setattr(runs_module, "is_main", lambda: True)
+    runs_module.sweep(tmp_path)
+    assert not list((tmp_path / "fit").iterdir())

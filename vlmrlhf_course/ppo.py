@@ -219,7 +219,6 @@ def read_answers(
     A = batch.answers.shape[1]
     return tuple(whole(parts, width) for parts, width in zip(zip(*found), (A, A + 1, A + 1)))
 
-
 # %% ../nbs/10_ppo.ipynb #make-experience
 @torch.no_grad()
 def make_experience(

@@ -73,7 +73,6 @@ class PretrainConfig:
     sloppy: WorldConfig = WorldConfig(omit=.2, signature=0., invent=.15, max_invented=2, invent_typical=.8,
                                       wrong_colour=0., wrong_size=0., wrong_relation=0.)
 
-
 # %% ../nbs/92_pretrain.ipynb #items
 MIXED = dict(detail=5, thing=3, exists=3, brief=1, count=1, colour=1, relation=1, text=1)   # kind → weight
 QUESTIONS = dict(exists=8, thing=5, colour=3, relation=2, count=1, brief=1, detail=1)

@@ -57,7 +57,6 @@ def keep_memory():
     except (OSError, AttributeError): return
     if mallopt(-3, 2 ** 25): mallopt(-1, 2 ** 30)   # M_MMAP_THRESHOLD at its maximum, then M_TRIM_THRESHOLD: alone, the second does harm
 
-
 # %% ../nbs/90_runs.ipynb #record
 def read_record(file: Path) -> dict:
     "A stage's done.json or begun.json."

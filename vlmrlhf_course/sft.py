@@ -107,7 +107,6 @@ def backward_through(
         metrics = {k: metrics.get(k, 0.) + v * count / max(1, sum(counts)) for k, v in more.items()}
     return float(accelerator.reduce(loss, "sum")), metrics
 
-
 # %% ../nbs/03_sft.ipynb #fit-loop
 def fit(
     task: nn.Module,   # has `collate(items)`, `count(batch)` and `forward(batch) -> (sum of losses, metrics)`
