@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import torch
 from transformers.utils import logging
 
+from vlmrlhf_course.packing import pack, worth_packing
 from vlmrlhf_course.ppo import ActorCritic, PPOConfig, PPOTask, make_experience, minibatches, ppo_optimizer, seed_of
 from vlmrlhf_course.preferences import sample_prompts
 from vlmrlhf_course.reward import RewardConfig, RewardModel
@@ -64,9 +65,10 @@ def shake(policy: ActorCritic, rm: RewardModel, std: float = .02, seed: int = 1)
 
 
 def fresh_prompts(cfg: PPOConfig, n: int, rounds: int, seed: int = 0) -> list[list]:
-    "For each round `n` prompts about pictures that no other round shows."
+    "For each round the prompts of `n` answers, about pictures that no other round shows."
+    n //= cfg.answers_per_prompt
     prompts = sample_prompts(n * rounds, "train", cfg.kinds, f"benchmark/{seed}")
-    return [prompts[i * n:(i + 1) * n] for i in range(rounds)]
+    return [[p for p in prompts[i * n:(i + 1) * n] for _ in range(cfg.answers_per_prompt)] for i in range(rounds)]
 
 
 class TowerCount:
@@ -100,7 +102,7 @@ class Library:
 
     def groups(self, roll, step: int):
         "The minibatches of every epoch."
-        return list(minibatches(roll.batch.lengths, self.cfg, f"{self.seed}/{step}"))
+        return list(minibatches(roll.batch.lengths, self.cfg, f"{self.seed}/{step}", asked=roll.batch.asked))
 
     def update(self, exp, group):
         "One optimiser step on some rows."
@@ -174,12 +176,14 @@ def machine() -> dict:
 # --- FLOPs -----------------------------------------------------------------------------------------------------------------
 
 def update_flops(policy: ActorCritic, batch, kind: str = "head") -> float:
-    """FLOPs that one forward and backward pass over a batch needs: real tokens only, attention over what came before only.
+    """FLOPs that one forward and backward pass over a batch needs: real tokens only, attention over what came before only, prompts of
+    several answers once where the library packs them.
 
     A frozen weight costs 2 (forward) + 2 (gradient of its input); a trained one 2 more (its own gradient). The inputs of the
     first layer need no gradient, as nothing below it is trained."""
-    tokens, answers = int(batch.attention_mask.sum()), int(batch.answer_mask.sum())
-    lengths = batch.attention_mask.sum(1).double()
+    answers, rows = int(batch.answer_mask.sum()), pack(batch)[0] if worth_packing(batch) else batch
+    tokens = int(rows.attention_mask.sum())
+    pairs = float((rows.attention_mask.sum(1).double() ** 2).sum() / 2 if rows.sees is None else rows.sees.sum())
     total = 0.
     for role in ("actor", "critic") if kind == "adapter" else ("actor",):
         for name, layer in policy.vlm.language.named_modules():
@@ -189,7 +193,7 @@ def update_flops(policy: ActorCritic, batch, kind: str = "head") -> float:
             total += tokens * (weight.numel() * (2 if first else 4) + a.numel() * (4 if first else 6) + b.numel() * 6)
         text = policy.vlm.model.config.get_text_config()
         width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-        total += float((lengths ** 2).sum()) * width * 2 * 3 * text.num_hidden_layers   # QKᵀ and AV, half of each; backward twice that
+        total += pairs * width * 4 * 3 * text.num_hidden_layers   # QKᵀ and AV, of who sees whom; backward twice that
     total += answers * policy.vlm.model.get_output_embeddings().weight.numel() * 4
     return total + 6 * (answers + len(batch)) * sum(p.numel() for p in policy.value.parameters())
 

@@ -95,7 +95,8 @@ def main(argv=None) -> int:
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--answers", type=int, default=32)
     parser.add_argument("--naive-answers", type=int, default=4)
-    parser.add_argument("--micro-batch", type=int, default=8)
+    parser.add_argument("--group", type=int, default=4, help="answers to a prompt")
+    parser.add_argument("--micro-batch", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--cpu", action="store_true", help="try the code on the CPU, with --shape tiny; nothing is saved")
@@ -103,7 +104,7 @@ def main(argv=None) -> int:
     if not args.cpu and not torch.cuda.is_available():
         print("benchmarks.gpu: no GPU here (torch.cuda.is_available() is False); it needs one with about 80 GB", file=sys.stderr)
         return 2
-    cfg = PPOConfig(answers=args.answers, minibatch=args.answers, micro_batch=args.micro_batch, max_new_tokens=args.new_tokens,
+    cfg = PPOConfig(answers=args.answers, answers_per_prompt=args.group, minibatch=args.answers, micro_batch=args.micro_batch, max_new_tokens=args.new_tokens,
                     actor_lr=1e-9, critic_lr=1e-9)
     vlm = llava(args.shape, "cpu" if args.cpu else "cuda", torch.bfloat16)
     sides = measure(vlm, cfg, args.rounds, args.naive_answers)

@@ -189,14 +189,13 @@ def actor_gradient(vlm: VLM, language) -> torch.Tensor:
 
 # --- timing -----------------------------------------------------------------------------------------------------------------
 
-def compare(cfg: PPOConfig, rounds: int, sizes: VLMConfig | None = None, atol: float = 2e-4, group: int = 1) -> dict:
-    """Check, then time both sides in turn, each round on pictures that neither has seen, `group` answers to each prompt. The first
-    round is not counted."""
+def compare(cfg: PPOConfig, rounds: int, sizes: VLMConfig | None = None, atol: float = 2e-4) -> dict:
+    "Check, then time both sides in turn, each round on pictures that neither has seen. The first round is not counted."
     policy, rm = build(cfg, sizes)
     shake(policy, rm)
     lib, naive = Library(policy, rm, cfg), Naive(policy, rm, cfg)
-    first, *sets = ([p for p in prompts for _ in range(group)] for prompts in fresh_prompts(cfg, cfg.answers // group, rounds + 2))
-    differences = check(lib, naive, first[:16], atol)
+    first, *sets = fresh_prompts(cfg, cfg.answers, rounds + 2)
+    differences = check(lib, naive, first[:18], atol)
     tower, timings = TowerCount(policy.vlm), dict(library=[], naive=[])
     for step, prompts in enumerate(sets, 1):
         for name, side in (("library", lib), ("naive", naive)):
@@ -248,8 +247,9 @@ def main(argv=None):
     torch.set_num_threads(1)
     parts = []
     for critic, epochs in (("head", 1), ("head", 3), ("adapter", 3)):
-        cfg = PPOConfig(critic=critic, epochs=epochs, answers=args.answers, minibatch=args.answers // 2, actor_lr=1e-9, critic_lr=1e-9)
-        parts.append(compare(cfg, args.rounds, group=args.group))   # learning rate ~0, so that answers stay as long as they are
+        cfg = PPOConfig(critic=critic, epochs=epochs, answers=args.answers, answers_per_prompt=args.group, minibatch=args.answers // 2,
+                        micro_batch=args.answers // 4, actor_lr=1e-9, critic_lr=1e-9)
+        parts.append(compare(cfg, args.rounds))   # learning rate ~0, so that answers stay as long as they are
     result = save("naive", dict(answers=args.answers, group=args.group, rounds=args.rounds, critics=parts,
                                 sides=[s for p in parts for s in p["sides"]]))
     print(rows(result))

@@ -71,13 +71,13 @@ def dpo_trainer(folder, model, processor, pairs, size: int, steps: int, lora: bo
                       peft_config=adapter() if lora else None)
 
 
-def online_trainer(kind: str, folder, model, processor, prompts, cfg, group: int, steps: int, lora: bool, fixed: bool):
+def online_trainer(kind: str, folder, model, processor, prompts, cfg, steps: int, lora: bool, fixed: bool):
     "GRPO or RLOO with KL, the library's temperature, epochs and minibatches; `fixed`: every answer has the largest length."
     from datasets import Dataset
     import trl
     rows = [dict(prompt=chat(p), images=[picture(p)]) for p in prompts]
     args = dict(settings(folder), per_device_train_batch_size=cfg.minibatch, steps_per_generation=cfg.answers // cfg.minibatch,
-                num_iterations=cfg.epochs, num_generations=group,
+                num_iterations=cfg.epochs, num_generations=cfg.answers_per_prompt,
                 max_completion_length=cfg.max_new_tokens, generation_kwargs=dict(min_new_tokens=cfg.max_new_tokens if fixed else 1),
                 temperature=cfg.temperature, beta=.05, shuffle_dataset=False, max_steps=steps)
     config, trainer = (trl.GRPOConfig, trl.GRPOTrainer) if kind == "GRPO" else (trl.RLOOConfig, trl.RLOOTrainer)
@@ -117,20 +117,20 @@ def their_model(folder):
     return model
 
 
-def compare_online(kind: str, folder, cfg, group: int, rounds: int, lora: bool, fixed: bool):
+def compare_online(kind: str, folder, cfg, rounds: int, lora: bool, fixed: bool):
     """PPO beside GRPO or RLOO: (their seconds, ours) for each round of `cfg.answers` answers; pictures encoded and tokens an answer,
     theirs and ours. Ours answers the same prompts as often."""
     from benchmarks.common import Endless, Library, TowerCount, build, fresh_prompts
     from vlmrlhf_course.vlm import VLM, load_vlm
     policy, rm = build(cfg, vlm=load_vlm(folder))
     if fixed: policy.vlm.__class__ = Endless
-    lib, prompts = Library(policy, rm, cfg), fresh_prompts(cfg, cfg.answers // group, rounds + 1)
+    lib, prompts = Library(policy, rm, cfg), fresh_prompts(cfg, cfg.answers, rounds + 1)
     steps, model = cfg.epochs * (cfg.answers // cfg.minibatch), their_model(folder)
-    trainer = online_trainer(kind, folder / "out", model, load_vlm(folder).processor, [p for r in prompts for p in r], cfg, group,
+    trainer = online_trainer(kind, folder / "out", model, load_vlm(folder).processor, [p for r in prompts for p in r[::cfg.answers_per_prompt]], cfg,
                              steps * (rounds + 1), lora, fixed)
     towers, lengths = [TowerCount(VLM(model, policy.vlm.processor)), TowerCount(policy.vlm)], []
     LENGTHS.clear()
-    def ours(step): lengths.extend(lib.iteration([p for p in prompts[step] for _ in range(group)], step)[0].batch.lengths.tolist())
+    def ours(step): lengths.extend(lib.iteration(prompts[step], step)[0].batch.lengths.tolist())
     found, n = in_turn(trainer, steps, ours), cfg.answers * (rounds + 1)
     assert len(found) == rounds + 1 and trainer.state.global_step == steps * (rounds + 1) and len(lengths) == len(LENGTHS) == n
     assert not fixed or {*lengths, *LENGTHS} == {cfg.max_new_tokens}
@@ -210,9 +210,10 @@ def main(argv=None) -> int:
             found, images = compare_dpo(folder, args.pairs, 4 * args.rounds, lora)
             pairs.append(summary("DPO", found, images, None, "pairs", args.pairs, "DPO", lora))
         for kind, critic, lora, fixed, epochs in [p for p in ONLINE if p[0] in args.methods]:
-            cfg = PPOConfig(reward="rm", critic=critic, epochs=epochs, answers=args.answers, minibatch=args.answers // 2,
+            cfg = PPOConfig(reward="rm", critic=critic, epochs=epochs, answers=args.answers, answers_per_prompt=args.group,
+                            minibatch=args.answers // 2, micro_batch=args.answers // 2,
                             max_new_tokens=args.new_tokens if fixed else PPOConfig.max_new_tokens, actor_lr=1e-9, critic_lr=1e-9)
-            found, images, tokens = compare_online(kind, folder, cfg, args.group, args.rounds, lora, fixed)
+            found, images, tokens = compare_online(kind, folder, cfg, args.rounds, lora, fixed)
             pairs.append(summary(kind, found, images, tokens, "answers", args.answers, LABELS[critic], lora, epochs))
     sides = [dict(side=side, method=p["method"] if side == "trl" else p["ours"], beside=p["method"],
                   trained=p["trained"] if side == "trl" else "adapter",

@@ -79,7 +79,7 @@ def test_minibatches_are_random_and_sorted_inside():
     assert all(lengths[g].tolist() == sorted(lengths[g].tolist()) for g in found)
     assert len({frozenset(g) for g in found[::2]}) > 1 and found == list(minibatches(lengths, cfg, "0/0")) != list(minibatches(lengths, cfg, "0/1"))
     assert any(max(lengths[g]) - min(lengths[g]) > 4 for g in found), "sorted over the whole batch: updates would see one kind of answer each"
-    with pytest.raises(UserError, match="minibatch=4.*processes, 3"): next(minibatches(lengths, cfg, "0/0", world=3))
+    with pytest.raises(UserError, match="minibatch=4.*answers_per_prompt, 3 × 1"): next(minibatches(lengths, cfg, "0/0", world=3))
 
 
 def test_emergency_and_controller():

@@ -191,6 +191,12 @@ class Family(Eyes):
                       add_special_tokens=not (bos and said.startswith(bos)))
         return x["input_ids"][0].tolist(), self.positions(model, x)
 
+    def packs(self, config) -> bool:
+        "May the answers to a prompt lie in one row (appendix F)? Not where a layer looks through a window or attention cannot be told whom to see."
+        text = config.get_text_config()
+        windows = "sliding_attention" in (getattr(text, "layer_types", None) or ()) or getattr(text, "sliding_window", None)
+        return not windows and text._attn_implementation == "sdpa"
+
     def attention(self, model, embeds, batch, cache=None):
         "The language model's `attention_mask` for a pass over a `Batch`."
         return batch.attention_mask
@@ -279,6 +285,8 @@ class PaliGemma(Family):
         "(B, L): 0 at the prompt, 1 at the answer."
         at = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
         return (at >= batch.prompt_length).long().expand_as(batch.input_ids)
+
+    def packs(self, config): return False   # a prompt that is read in both directions wants another pattern
 
     def attention(self, model, embeds, batch, cache=None):
         return model.create_masks_for_generate(model.config, embeds, batch.attention_mask, cache, batch.position_ids,

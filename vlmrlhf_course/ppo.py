@@ -18,7 +18,7 @@ from .hallucination import PenaltyConfig, penalty
 from .kl import CONTROLLERS, kl_estimate
 from .preferences import sample_prompts, true_score
 from .reward import RewardModel, reward_stage
-from .rollout import Rollout, length_groups, plan_prompts, sample, texts
+from .rollout import Rollout, length_groups, plan_prompts, prompt_lengths, sample, texts
 from .runs import (Checkpoints, MetricLog, Run, StepGuard, UserError, check_choices, check_mixture, check_ranges, load_tensors,
                                  make_accelerator, mean_of, progress, save_tensors, seed_of)
 from .sft import backward_through, warmup_cosine
@@ -59,6 +59,7 @@ class PPOConfig:
     reward_model: str = "reward"      # section of the reward model
     iterations: int = 56
     answers: int = 160                # sampled in each iteration, over all processes
+    answers_per_prompt: int = 1       # several: fewer pictures, each read once for all of them (appendix F)
     epochs: int = 3
     minibatch: int = 80
     micro_batch: int = 20             # answers that one process computes at once; these have like lengths
@@ -97,12 +98,14 @@ def check_ppo(cfg: PPOConfig):
     "Raise ValueError for settings with which no run can work."
     check_choices(cfg, reward=("rm", "rm+penalty", "gold"), critic=("head", "adapter"), controller=tuple(CONTROLLERS),
                   schedule=("phases", "cosine"), keep=("best", "last"))
-    counts = "iterations answers epochs minibatch micro_batch pool max_new_tokens eval_every save_every".split()
+    counts = "iterations answers answers_per_prompt epochs minibatch micro_batch pool max_new_tokens eval_every save_every".split()
     check_ranges(cfg, clip="(0, 1)", gamma="(0, 1]", lam="[0, 1]", warmup="[0, 1]", finish="[0, 1]", no_eos="(-inf, inf)",
                  **dict.fromkeys(counts, "[1, inf)"), **dict.fromkeys(("actor_lr", "critic_lr", "value_coef", "beta"), "[0, inf)"),
                  **dict.fromkeys(("value_clip", "grad_clip", "temperature", "kl_target", "kl_emergency"), "(0, inf)"))
     check_mixture(cfg, kinds=tuple(k for k in KINDS if k != "text"))   # a batch is planned by its pictures
-    if cfg.answers > cfg.pool: raise ValueError(f"answers ({cfg.answers}) must not exceed pool ({cfg.pool}): a picture appears once in a batch")
+    k = cfg.answers_per_prompt
+    if cfg.answers % k or cfg.minibatch % k: raise ValueError(f"answers ({cfg.answers}) and minibatch ({cfg.minibatch}) must be multiples of answers_per_prompt, {k}")
+    if cfg.answers // k > cfg.pool: raise ValueError(f"answers ({cfg.answers}) must not exceed pool ({cfg.pool}): a picture appears once in a batch")
 
 # %% ../nbs/10_ppo.ipynb #actor
 class ActorCritic(nn.Module):
@@ -123,7 +126,7 @@ class ActorCritic(nn.Module):
 
     def values(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
         "(B, A+1); `states` (B, A+1, H) are the reward model's, in the kind `head`."
-        if states is None: states = self.vlm.hidden(batch, "critic")[:, batch.prompt_length - 1:]
+        if states is None: states = self.vlm.answer_states(batch, "critic")
         return self.value(states, batch.features, batch.pictures.row_items)
 
     def train_roles(self):
@@ -199,14 +202,9 @@ def answer_figures(
 
 # %% ../nbs/10_ppo.ipynb #read
 @torch.no_grad()
-def read_answers(
-    policy: ActorCritic,
-    rm: RewardModel,
-    roll: Rollout,
-    cfg: PPOConfig,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:   # (B, A), (B, A+1, H), (B, A+1); zeros where an answer has no token
+def read_answers(policy: ActorCritic, rm: RewardModel, roll: Rollout, cfg: PPOConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:   # (B, A), (B, A+1, H), (B, A+1); zeros where an answer has no token
     "Log-probabilities under the reference, the reward model's states, the critic's values: `micro_batch` answers of like length at a time."
-    batch, groups, found = roll.batch, length_groups(roll.batch.lengths, cfg.micro_batch), []
+    batch, groups, found = roll.batch, length_groups(roll.batch.lengths, cfg.micro_batch, roll.batch.asked), []
     for rows in groups:
         b = batch.rows(rows)
         ref = token_logprobs(policy.vlm.rule_out(policy.vlm.answer_logits(b)), b.answers, roll.temperature)
@@ -329,13 +327,14 @@ def validate(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], cfg: P
     return float((score - beta * (kl_estimate(roll.logprobs, ref, "k3") * roll.batch.answer_mask).sum(1)).mean())
 
 
-def minibatches(lengths: torch.Tensor, cfg: PPOConfig, key: str, world: int = 1):
-    "`epochs` times over the rows of a batch, in random minibatches. Each is sorted by length, so that its micro-batches hold little padding."
-    if cfg.answers % world or cfg.minibatch % world:
-        raise UserError(f"answers={cfg.answers} and minibatch={cfg.minibatch} must be multiples of the number of processes, {world}")
-    lengths, size = lengths.tolist(), cfg.minibatch // world
+def minibatches(lengths: torch.Tensor, cfg: PPOConfig, key: str, world: int = 1, asked: torch.Tensor | None = None):
+    "`epochs` times over a batch, in minibatches of random prompts. Each is sorted by length, so that its micro-batches hold little padding."
+    k = cfg.answers_per_prompt
+    if cfg.answers % (world * k) or cfg.minibatch % (world * k):
+        raise UserError(f"answers={cfg.answers} and minibatch={cfg.minibatch} must be multiples of processes × answers_per_prompt, {world} × {k}")
+    lengths, size = prompt_lengths(lengths, asked).tolist(), cfg.minibatch // world
     for epoch in range(cfg.epochs):
-        order = random.Random(f"order/{key}/{epoch}").sample(range(len(lengths)), len(lengths))
+        order = [i + j for i in random.Random(f"order/{key}/{epoch}").sample(range(0, len(lengths), k), len(lengths) // k) for j in range(k)]
         for i in range(0, len(order), size): yield sorted(order[i:i + size], key=lengths.__getitem__)
 
 # %% ../nbs/10_ppo.ipynb #loop
@@ -347,14 +346,14 @@ def train_ppo(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], valid
     task, optimizer = accelerator.prepare(PPOTask(policy, cfg), ppo_optimizer(policy, cfg))
     state, guard = PPOState(policy, cfg), StepGuard(accelerator, folder.name)
     accelerator.register_for_checkpointing(state, guard)
-    saved = Checkpoints(folder / "checkpoints", accelerator)
-    start = saved.load()
+    start = (saved := Checkpoints(folder / "checkpoints", accelerator)).load()
     log = MetricLog(folder, start, accelerator.is_main_process)
     for step in progress(range(start, cfg.iterations), folder.name):
         name, lr, kl_factor = phase(step, cfg)
         for group, rate in zip(optimizer.param_groups, (cfg.actor_lr * lr, cfg.critic_lr)): group["lr"] = rate * state.lr_scale
 
-        batch = plan_prompts(prompts, cfg.answers, random.Random(f"ppo/{seed}/{step}"))[rank::world]
+        drawn = plan_prompts(prompts, cfg.answers // cfg.answers_per_prompt, random.Random(f"ppo/{seed}/{step}"))[rank::world]
+        batch = [p for p in drawn for _ in range(cfg.answers_per_prompt)]
         roll = sample(policy.vlm, batch, "actor", cfg.temperature, cfg.max_new_tokens, seed_of(seed, step, rank))
         exp, info = make_experience(policy, rm, roll, cfg, state.control.beta * kl_factor, step, lambda x: accelerator.reduce(x, "sum"))
 
@@ -362,7 +361,7 @@ def train_ppo(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], valid
         emergency = state.after(kl, cfg, control=name != "warm-up")   # KL is still near 0 there: β would only be given away
         if emergency: optimizer.state.clear()                         # Adam's moments point where the weights came from
         updates = []
-        for rows in () if emergency else minibatches(roll.batch.lengths, cfg, f"{seed}/{step}", world):
+        for rows in () if emergency else minibatches(roll.batch.lengths, cfg, f"{seed}/{step}", world, roll.batch.asked):
             loss, metrics = backward_through(task, [(exp, i) for i in rows], cfg.micro_batch, accelerator, shard=False)
             norm = float(accelerator.clip_grad_norm_(state.params, cfg.grad_clip))
             if guard(step, loss, norm):

@@ -100,7 +100,7 @@ class RewardModel(nn.Module):
 
     def states(self, batch: Batch) -> torch.Tensor:
         "(B, A+1, H): the trunk's states from the question's last token on, one before and one after each answer token."
-        return self.vlm.hidden(batch, "reward")[:, batch.prompt_length - 1:]
+        return self.vlm.answer_states(batch, "reward")
 
     def token_scores(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
         "The head's output: (B, A) for the kind `token`, 0 at padding; (B,) for `scalar`."

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import (AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
                           LlavaProcessor, PreTrainedTokenizerFast, SiglipImageProcessorPil, SiglipVisionConfig)
 from .families import Pictures, chat_template, family_of, go_on, references, stack_positions, word_tokenizer
+from .packing import pack, same_prompts, worth_packing
 from .runs import UserError, check_ranges, load_model, reading, save_folder
 from .world import COLOURS, KINDS, NOUNS, NUMBERS, PLACES, RELATIONS, SIZES, Prompt, describe, make_prompt, open_image, sample_scenes
 
@@ -48,7 +49,6 @@ class VLMConfig:
     heads: int = 4
     initializer: float = 0.06
 
-
 def build_model(
     cfg: VLMConfig = VLMConfig(),
     vocab: int | None = None,      # number of tokens; default: the tokenizer's
@@ -67,7 +67,6 @@ def build_model(
     model.generation_config.update(pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id)
     return model.eval()
 
-
 def build_processor(cfg: VLMConfig = VLMConfig()) -> LlavaProcessor:
     "The matching processor: resizes pictures, expands `<image>` to one placeholder for each patch."
     images = SiglipImageProcessorPil(size={"height": cfg.image_size, "width": cfg.image_size}, resample=2)
@@ -84,15 +83,13 @@ class Batch:
     pictures: Pictures
     prompt_length: int                      # P
     positions: torch.Tensor | None = None   # (3, B, P), where a family does not just count tokens
+    asked: torch.Tensor | None = None       # (B,) rows with the same number have the same prompt
+    sees: torch.Tensor | None = None        # (B, 1, L, L) who attends to whom, in a batch that is packed (appendix F)
 
-    @property
-    def answers(self): return self.input_ids[:, self.prompt_length:]
-    @property
-    def lengths(self): return self.answer_mask.sum(1)
-    @property
-    def features(self): return self.pictures.features
-    @property
-    def has_image(self): return self.pictures.counts > 0
+    answers = property(lambda self: self.input_ids[:, self.prompt_length:])
+    lengths = property(lambda self: self.answer_mask.sum(1))
+    features = property(lambda self: self.pictures.features)
+    has_image = property(lambda self: self.pictures.counts > 0)
     @property
     def position_ids(self):
         if self.positions is not None: return go_on(self.positions, self.answer_mask.shape[1])
@@ -105,7 +102,7 @@ class Batch:
         left, right = P - int(mask[:, :P].sum(1).max()), int(self.lengths[index].max())
         cut = slice(left, P + right)
         return Batch(self.input_ids[index][:, cut], mask[:, cut], self.answer_mask[index][:, :right], self.pictures.rows(index), P - left,
-                     None if self.positions is None else self.positions[:, index, left:])
+                     None if self.positions is None else self.positions[:, index, left:], None if self.asked is None else self.asked[index])
 
     def to(self, device):
         return replace(self, **{f.name: x.to(device) for f in fields(self) if hasattr(x := getattr(self, f.name), "to")})
@@ -129,30 +126,23 @@ class VLM:
     "A model with its processor: pictures to features, prompts to batches, batches to hidden states and logits."
     def __init__(self, model, processor):
         self.model, self.processor, self.family = model, processor, family_of(model.config)
-        self.tokenizer, self.pad_id = processor.tokenizer, processor.tokenizer.pad_token_id
+        self.tokenizer, self.pad_id, self.unk_id = processor.tokenizer, processor.tokenizer.pad_token_id, processor.tokenizer.unk_token_id
         self.image_token_id, self.eos_id = model.config.image_token_id, self.family.eos(self.tokenizer)
         self.side = self.family.side(model.config)
         self.roles = nn.ModuleDict()
         self._features, self._prompts, self.encoded, self._stamp = {}, {}, 0, None
 
-    @property
-    def device(self): return self.model.get_input_embeddings().weight.device
-    @property
-    def width(self): return self.model.config.get_text_config().hidden_size
-    @property
-    def vision_width(self): return self.family.width(self.model.config)
+    device = property(lambda self: self.model.get_input_embeddings().weight.device)
+    width = property(lambda self: self.model.config.get_text_config().hidden_size)
+    vision_width = property(lambda self: self.family.width(self.model.config))
     @property
     def banned_ids(self):
         "Tokens that must never be sampled: a placeholder breaks the next forward pass, pad and unknown mean nothing."
-        return sorted({*self.family.placeholders(self.model.config), self.pad_id, self.tokenizer.unk_token_id} - {None, self.eos_id})
-    @property
-    def tower(self): return self.family.part(self.model, "tower")
-    @property
-    def tower_trains(self): return any(p.requires_grad for p in self.family.tower_parameters(self.model))
-    @property
-    def projector(self): return self.family.part(self.model, "projector")
-    @property
-    def language(self): return self.family.part(self.model, "language")
+        return sorted({*self.family.placeholders(self.model.config), self.pad_id, self.unk_id} - {None, self.eos_id})
+    tower = property(lambda self: self.family.part(self.model, "tower"))
+    tower_trains = property(lambda self: any(p.requires_grad for p in self.family.tower_parameters(self.model)))
+    projector = property(lambda self: self.family.part(self.model, "projector"))
+    language = property(lambda self: self.family.part(self.model, "language"))
 
 # %% ../nbs/02_vlm.ipynb #vlm-load
 def load_vlm(path: str | Path) -> VLM:
@@ -164,7 +154,6 @@ def load_vlm(path: str | Path) -> VLM:
     if model.config.image_token_id not in getattr(processor, "tokenizer", processor).get_vocab().values():
         raise UserError(f"{path}: its tokenizer lacks token {model.config.image_token_id}, the image; take the model's own processor")
     return VLM(model, processor)
-
 
 def save_vlm(vlm: VLM, path: str | Path):
     "Save model and processor so that plain `transformers` can load them; the folder appears when it is complete."
@@ -223,7 +212,8 @@ def batch(
     shown = [references(p.image, images and images[i]) for i, p in enumerate(prompts)]
     asked, at = zip(*(self.lay(p.text, refs) for p, refs in zip(prompts, shown)))
     pictures = Pictures.of(self.look([r for refs in shown for r in refs]), list(map(len, shown)))
-    return replace(pad_sides(asked, ids, self.pad_id, pictures), positions=stack_positions(at, list(map(len, asked)))).to(self.device)
+    return replace(pad_sides(asked, ids, self.pad_id, pictures), positions=stack_positions(at, list(map(len, asked))),
+                   asked=same_prompts([(p.text, refs) for p, refs in zip(prompts, shown)])).to(self.device)
 
 # %% ../nbs/02_vlm.ipynb #roles
 @dataclass(frozen=True)
@@ -234,13 +224,12 @@ class LoRAConfig:
     dropout: float = 0.0
     def __post_init__(self): check_ranges(self, r="[0, inf)", alpha="(0, inf)", dropout="[0, 1)")
 
-
 def _bare(module):
     "Without adapters: what a full copy starts from."
+    vars(module).pop("_adapted", None)
     for name, m in list(module.named_modules()):
         if isinstance(m, BaseTunerLayer): module.set_submodule(name, m.get_base_layer())
     return module
-
 
 @patch
 def add_role(
@@ -258,6 +247,7 @@ def add_role(
         warnings.filterwarnings("ignore", message="Already found a .peft_config")
         inject_adapter_in_model(LoraConfig(r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules="all-linear"),
                                 self.language, name)
+    vars(self.language).pop("_adapted", None)
     self.language.eval()              # dropout would make two passes of one policy differ: a ratio that is not 1. `RewardModel.train` turns it on
     for layer in self.lora_layers():
         if like:
@@ -266,7 +256,11 @@ def add_role(
 
 # %% ../nbs/02_vlm.ipynb #roles-acting
 @patch
-def lora_layers(self: VLM): return [m for m in self.language.modules() if isinstance(m, BaseTunerLayer)]
+def lora_layers(self: VLM):
+    "Layers that have adapters. Kept with the model, because to look for them takes longer than a small model takes to answer."
+    kept = vars(self.language)
+    if "_adapted" not in kept: kept["_adapted"] = [m for m in self.language.modules() if isinstance(m, BaseTunerLayer)]
+    return kept["_adapted"]
 
 @patch
 def parts(self: VLM, role: str | None = None):
@@ -279,11 +273,11 @@ def acting(self: VLM, role: str | None = None):
     "Within this block the shared trunk speaks with `role`'s adapter; None turns all adapters off."
     # peft's own set_adapter also flips requires_grad, which would freeze one role while the other is trained.
     layers = [] if role in self.roles else self.lora_layers()
-    before = [(m._active_adapter, m._disable_adapters) for m in layers]
-    for m in layers: m._active_adapter, m._disable_adapters = [role], role is None
+    before = [dict(_active_adapter=m._active_adapter, _disable_adapters=m._disable_adapters) for m in layers]
+    for m in layers: vars(m).update(_active_adapter=[role], _disable_adapters=role is None)   # a module's own setattr is slow
     try: yield
     finally:
-        for m, (m._active_adapter, m._disable_adapters) in zip(layers, before): pass
+        for m, state in zip(layers, before): vars(m).update(state)
 
 @patch
 @contextmanager
@@ -334,7 +328,7 @@ def hidden(
 ) -> torch.Tensor:            # (B, P+A, H)
     "Last hidden states of the language model, acting in a role."
     embeds = self.embed(batch, role)
-    mask = self.family.attention(self.model, embeds, batch, cache)
+    mask = self.family.attention(self.model, embeds, batch, cache) if batch.sees is None else batch.sees
     with self.acting(role):
         return self.parts(role)[0](inputs_embeds=embeds, attention_mask=mask, position_ids=batch.position_ids, past_key_values=cache,
                                    use_cache=cache is not None).last_hidden_state
@@ -345,9 +339,16 @@ def logits(self: VLM, hidden: torch.Tensor, role: str | None = None) -> torch.Te
     return self.family.logits(self.model.config, self.parts(role)[1](hidden))
 
 @patch
+def answer_states(self: VLM, batch: Batch, role: str | None = None) -> torch.Tensor:   # (B, A+1, H)
+    "States from the prompt's last token on: one before and one after each answer token. Many answers to one prompt read it once."
+    if not (self.family.packs(self.model.config) and worth_packing(batch)): return self.hidden(batch, role)[:, batch.prompt_length - 1:]
+    packed, row, column = pack(batch)
+    return self.hidden(packed, role)[row, column]
+
+@patch
 def answer_logits(self: VLM, batch: Batch, role: str | None = None) -> torch.Tensor:   # (B, A, V)
     "Logits where an answer token is predicted, and only there: the prompt's are never needed."
-    return self.logits(self.hidden(batch, role)[:, batch.prompt_length - 1:-1], role)
+    return self.logits(self.answer_states(batch, role)[:, :-1], role)
 
 # %% ../nbs/02_vlm.ipynb #ban
 @patch
@@ -365,7 +366,6 @@ def token_logprobs(
     "Log-probability of each token. Entries at padding are meaningless: mask them."
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits  # half precision rounds log-probs
     return torch.log_softmax(logits / temperature, -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-
 
 def masked_mean(
     x: torch.Tensor,           # (B, A)
