@@ -5,7 +5,7 @@ import statistics
 
 import torch
 
-from benchmarks.common import Endless, Library, build, fresh_prompts, medians, number, rss, save, table
+from benchmarks.common import RESULTS, Endless, Library, build, fresh_prompts, medians, number, rss, save, table
 from vlmrlhf_course.ppo import PPOConfig
 from vlmrlhf_course.rollout import plan_prompts
 from vlmrlhf_course.vlm import VLMConfig
@@ -47,6 +47,23 @@ def drift(memory: list[float]) -> dict[str, float]:
                 kib_per_iteration=1024 * fit.slope)
 
 
+def plot(result: dict):
+    "The curves, as `results/scaling.png`."
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
+    n, seconds = zip(*((r["prompts"], r["all"]) for r in result["by_prompts"]))
+    left.loglog(n, seconds, "o-", label="measured"), left.loglog(n, [seconds[0] * k / n[0] for k in n], ":", color="grey", label="linear")
+    left.set_xticks(n, n), left.set_yticks(seconds, [number(x) for x in seconds]), left.minorticks_off()
+    left.set_xlabel("prompts in an iteration"), left.set_ylabel("seconds an iteration"), left.legend(fontsize=8)
+    lengths = [r["length"] for r in result["by_length"]]
+    parts = {"sampling": "sample", "scoring": "score", "update": "backward"}
+    right.stackplot(lengths, *([1000 * r[k] / result["answers"] for r in result["by_length"]] for k in parts.values()), labels=parts, alpha=.8)
+    right.set_xlabel("tokens in an answer"), right.set_ylabel("ms an answer"), right.legend(fontsize=8, loc="upper left")
+    fig.tight_layout(), fig.savefig(RESULTS / "scaling.png", dpi=80, metadata={"Software": None}), plt.close(fig)
+
+
 def rows(result: dict) -> str:
     "The tables of README.md."
     first = table(["prompts", "s per iteration", "ms per answer"],
@@ -66,8 +83,8 @@ def rows(result: dict) -> str:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[32, 64, 128, 256, 512])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8, 16, 32, 64, 128])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[32, 64, 128, 256, 512, 1024])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 448])
     parser.add_argument("--answers", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=200)
@@ -81,6 +98,7 @@ def main(argv=None):
                   prompts_exponent=exponent(args.prompts, [r["all"] for r in by_prompts]),
                   length_exponent=exponent(args.lengths, [r["all"] for r in by_length]))
     print(rows(save("scaling", result)))
+    plot(result)
 
 
 if __name__ == "__main__": main()

@@ -186,7 +186,7 @@ def rows(result: dict) -> str:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--answers", type=int, default=64)
+    parser.add_argument("--answers", type=int, default=128)
     parser.add_argument("--group", type=int, default=8, help="answers to a prompt")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=16, help="pairs a DPO step")

@@ -38,7 +38,7 @@ class Mutant(NamedTuple):
 def of(where, tests, *changes): return [Mutant(where, *change, tests) for change in changes]
 
 
-MATHS, MODEL, PROPERTIES, HAND = (f"test_{name}.py -k " for name in ("maths", "model", "properties", "by_hand"))
+MATHS, MODEL, PROPERTIES, HAND, PACKING = (f"test_{name}.py -k " for name in ("maths", "model", "properties", "by_hand", "packing"))
 TWO = "test_processes.py -k gradients_of_two"
 
 MUTANTS = [
@@ -213,6 +213,25 @@ MUTANTS = [
     *of("ppo.PPOState.snapshot", HAND + "emergency", ("no copy", ".clone()", "")),
     *of("ppo.train_ppo", MODEL + "recovers", ("learns from the exploded policy", " if emergency else", " if False else")),
     *of("ppo.validate", HAND + "validation", ("KL is paid", "score - beta", "score + beta")),
+    *of("ppo.minibatches", PACKING + "minibatches", ("answers drawn one by one", "range(0, len(lengths), k), len(lengths) // k) for j in range(k)",
+                                                     "range(len(lengths)), len(lengths)) for j in range(1)")),
+    *of("ppo.train_ppo", PACKING + "as_often", ("one answer to a prompt", "for p in drawn for _ in range(cfg.answers_per_prompt)", "for p in drawn")),
+    # --- packing
+    *of("packing.who_sees", PACKING + "'sees or states'",
+        ("answers see each other", "(owner.unsqueeze(1) == -1) | (owner.unsqueeze(1) == owner.unsqueeze(2))", "owner.unsqueeze(1) == owner.unsqueeze(1)"),
+        ("nobody sees the prompt", "(owner.unsqueeze(1) == -1) | ", ""),
+        ("the future is seen", ".tril()", ""),
+        ("padding is seen", " & real.bool().unsqueeze(1)", ""),
+        ("padding sees nothing", "itself | mine", "mine")),
+    *of("packing.pack", PACKING + "'token or states or even'",
+        ("positions count on", "batch.position_ids[..., row, column]", "(real.cumsum(1) - 1).clamp(min=0)"),
+        ("another answer's place", "start[:, None] + t, P - 1", "start[:, None] + t + 1, P - 1"),
+        ("more answers in a row than allowed", "-(-len(g) // size)", "1")),
+    *of("packing.distinct", PACKING + "'distinct or sampling'", ("the same row for all", "rows, \"amin\"", "rows * 0, \"amin\"")),
+    *of("packing.worth_packing", PACKING + "'worth'", ("always", "2 * len(batch.asked.unique()) <= len(batch)", "True")),
+    *of("vlm.batch", PACKING + "make_a_prompt", ("the prompt's own picture counts", "same_prompts([(p.text, refs)", "same_prompts([(p.text, p.image)")),
+    *of("vlm.answer_states", PACKING + "'used or windows'", ("every family packs", "self.family.packs(self.model.config) and ", "")),
+    *of("rollout.prompt_lengths", PACKING + "length_groups", ("each answer on its own", ")[asked]", ")[asked] * 0 + lengths")),
     # --- rollout
     *of("rollout.sample", MODEL + "'sampled or banned or pad_that_is'",
         ("sampled at temperature 1", "logits[:, 0] / temperature", "logits[:, 0]"),

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 import torch
 from conftest import REPO, SMALL
+from matplotlib.axes import Axes
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -136,6 +137,17 @@ def test_endless_answers_have_the_length_asked_for():
 def test_cost_and_memory_are_measured():
     assert scaling.cost(replace(CFG, answers=2, minibatch=2), 1, SMALL)["all"] > 0
     assert len(scaling.memory(replace(CFG, answers=2, minibatch=2, pool=4), 3, SMALL)) == 3
+
+
+def test_the_curves_are_drawn(tmp_path, monkeypatch):
+    "Every measured point is on one of them."
+    monkeypatch.setattr(scaling, "RESULTS", tmp_path)
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.loglog", lambda self, x, y, *a, own=Axes.loglog, **k: drawn.append(list(y)) or own(self, x, y, *a, **k))
+    result = report.results()["scaling"]
+    scaling.plot(result)
+    assert (tmp_path / "scaling.png").stat().st_size > 5000 and drawn[0] == [r["all"] for r in result["by_prompts"]]
+    assert (common.RESULTS / "scaling.png").is_file()
 
 
 def test_slopes():

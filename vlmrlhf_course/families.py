@@ -179,6 +179,8 @@ class Family(Eyes):
     def eos(self, tokenizer) -> int: return tokenizer.get_vocab().get(self.end, tokenizer.eos_token_id)
     def logits(self, config, logits: torch.Tensor) -> torch.Tensor: return logits              # from those of the output layer
     def positions(self, model, inputs) -> torch.Tensor | None: return None                     # (3, P) of a prompt; None: count
+    def packs(self, config) -> bool:   # answers to a prompt in one row (appendix F)? Not through windows, nor where attention takes no mask
+        return not getattr(text := config.get_text_config(), "sliding_window", None) and text._attn_implementation == "sdpa"
 
     def prompt(self, model, processor, text: str, images: list) -> tuple[list[int], torch.Tensor | None]:
         "Tokens of a question about pictures, one placeholder for each vector; positions (3, P) where the family has its own."
@@ -190,12 +192,6 @@ class Family(Eyes):
         x = processor(text=[said], images=[images] if images else None, return_tensors="pt",
                       add_special_tokens=not (bos and said.startswith(bos)))
         return x["input_ids"][0].tolist(), self.positions(model, x)
-
-    def packs(self, config) -> bool:
-        "May the answers to a prompt lie in one row (appendix F)? Not where a layer looks through a window or attention cannot be told whom to see."
-        text = config.get_text_config()
-        windows = "sliding_attention" in (getattr(text, "layer_types", None) or ()) or getattr(text, "sliding_window", None)
-        return not windows and text._attn_implementation == "sdpa"
 
     def attention(self, model, embeds, batch, cache=None):
         "The language model's `attention_mask` for a pass over a `Batch`."

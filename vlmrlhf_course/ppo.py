@@ -86,8 +86,7 @@ class PPOConfig:
     schedule: str = "phases"          # of the learning rate; or `cosine`: linear warm-up, then cosine to 0
     warmup: float = 0.1               # phase 1: share of the iterations, lr × 0.1, β × 5
     finish: float = 0.4               # phase 3: lr decays to 0, β × 1.5
-    eval_every: int = 8
-    save_every: int = 8
+    eval_every: int = 8; save_every: int = 8   # iterations between validations, and between checkpoints
     keep: str = "best"                # which policy is the result: the best on validation, or the last
     lora: LoRAConfig = LoRAConfig()
     penalty: PenaltyConfig = PenaltyConfig()
