@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import torch
 from transformers.utils import logging
 
-from vlmrlhf_course.packing import pack, worth_packing
+from vlmrlhf_course.packing import pack, packing_size
 from vlmrlhf_course.ppo import ActorCritic, PPOConfig, PPOTask, make_experience, minibatches, ppo_optimizer, seed_of
 from vlmrlhf_course.preferences import sample_prompts
 from vlmrlhf_course.reward import RewardConfig, RewardModel
@@ -107,7 +107,7 @@ class Library:
     def update(self, exp, group):
         "One optimiser step on some rows."
         with self.clock("backward"):
-            loss, _ = backward_through(self.task, [(exp, int(i)) for i in group], self.cfg.micro_batch, self.accelerator, shard=False)
+            loss, _ = backward_through(self.task, [(exp, int(i)) for i in group], self.cfg.at_once, self.accelerator, shard=False)
         with self.clock("step"):
             self.accelerator.clip_grad_norm_(self.params, self.cfg.grad_clip)
             self.optimizer.step(); self.optimizer.zero_grad()
@@ -181,7 +181,8 @@ def update_flops(policy: ActorCritic, batch, kind: str = "head") -> float:
 
     A frozen weight costs 2 (forward) + 2 (gradient of its input); a trained one 2 more (its own gradient). The inputs of the
     first layer need no gradient, as nothing below it is trained."""
-    answers, rows = int(batch.answer_mask.sum()), pack(batch)[0] if worth_packing(batch) else batch
+    size = packing_size(batch, policy.vlm.width) if policy.vlm.family.packs(policy.vlm.model.config) else 1
+    answers, rows = int(batch.answer_mask.sum()), batch if size == 1 else pack(batch, size)[0]
     tokens = int(rows.attention_mask.sum())
     pairs = float((rows.attention_mask.sum(1).double() ** 2).sum() / 2 if rows.sees is None else rows.sees.sum())
     total = 0.

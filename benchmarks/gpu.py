@@ -104,11 +104,12 @@ def main(argv=None) -> int:
     if not args.cpu and not torch.cuda.is_available():
         print("benchmarks.gpu: no GPU here (torch.cuda.is_available() is False); it needs one with about 80 GB", file=sys.stderr)
         return 2
+    if args.naive_answers % args.group: parser.error(f"--naive-answers {args.naive_answers} must be a multiple of --group {args.group}")
     cfg = PPOConfig(answers=args.answers, answers_per_prompt=args.group, minibatch=args.answers, micro_batch=args.micro_batch, max_new_tokens=args.new_tokens,
                     actor_lr=1e-9, critic_lr=1e-9)
     vlm = llava(args.shape, "cpu" if args.cpu else "cuda", torch.bfloat16)
     sides = measure(vlm, cfg, args.rounds, args.naive_answers)
-    result = dict(shape=args.shape, answers=args.answers, new_tokens=args.new_tokens, sides=sides)
+    result = dict(shape=args.shape, answers=args.answers, group=args.group, micro_batch=args.micro_batch, new_tokens=args.new_tokens, sides=sides)
     print(rows(dict(machine="CPU") | result if args.cpu else save("gpu", result)))
     return 0
 

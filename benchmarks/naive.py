@@ -27,6 +27,7 @@ def full_model(vlm: VLM, role: str | None):
         if not isinstance(layer, BaseTunerLayer): continue
         if role: layer.merge(adapter_names=[role])
         model.set_submodule(name, layer.get_base_layer())
+    vars(VLM(model, vlm.processor).language).pop("_adapted", None)
     return model.requires_grad_(False)
 
 

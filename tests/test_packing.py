@@ -15,7 +15,7 @@ from transformers import DynamicCache, LlavaConfig, MistralConfig
 
 from vlmrlhf_course.dpo import DPOTask
 from vlmrlhf_course.families import FAMILIES, Pictures
-from vlmrlhf_course.packing import distinct, pack, same_prompts, who_sees, worth_packing
+from vlmrlhf_course.packing import distinct, layout, pack, packing_size, same_prompts, who_sees
 from vlmrlhf_course.ppo import PPOConfig, PPOTask, make_experience, minibatches, train_ppo
 from vlmrlhf_course.reward import RewardConfig, RewardModel, RewardTask, group_pairs
 from vlmrlhf_course.rollout import length_groups, sample
@@ -83,8 +83,29 @@ def test_distinct_takes_the_first_row_of_each_prompt():
     assert [x.tolist() for x in distinct(replace(b, asked=None))] == [[0, 1, 2, 3, 4]] * 2
 
 
-@pytest.mark.parametrize("asked, worth", [([0, 0], True), ([0, 1], False), ([0, 0, 1], False), ([0, 0, 1, 1], True), ([0], False)])
-def test_worth_packing(asked, worth): assert worth_packing(replace(pad_sides([[1]] * len(asked), [[2]] * len(asked), 0), asked=torch.tensor(asked))) == worth
+def asks(prompt, answer, k, of=4):
+    "A batch of `of` prompts with k answers each, all of one length."
+    return replace(pad_sides([[1] * prompt] * of * k, [[2] * answer] * of * k, 0), asked=torch.arange(of).repeat(k))
+
+
+@pytest.mark.parametrize("batch, width, size", [
+    (asks(17, 25, 1), 96, 1), (asks(17, 25, 2), 96, 2), (asks(17, 25, 8), 96, 4), (asks(17, 72, 8), 96, 1), (asks(17, 256, 8), 96, 1),
+    (asks(600, 100, 8), 4096, 8), (asks(600, 100, 2), 4096, 2), (asks(600, 100, 16), 4096, 8), (replace(asks(600, 100, 8), asked=None), 4096, 1)])
+def test_packing_pays_for_long_prompts_and_short_answers(batch, width, size):
+    "Measured where it was slower: eight answers of 72 tokens to a prompt of 17 took 1.4 times as long."
+    assert packing_size(batch, width) == size
+
+
+def test_the_cost_is_that_of_the_rows_that_are_made():
+    "Uneven prompts: all rows are as long as the longest, which may cost more than is saved."
+    b = replace(pad_sides([[1] * 17] * 16, [[2] * 25] * 16, 0), asked=torch.tensor([0] * 9 + list(range(1, 8))))
+    def cost(rows, L): return rows * L * (6 * 96 + L)
+    packed = {size: cost(*pack(b, size)[0].input_ids.shape) for size in (2, 4, 8)} | {1: cost(*b.input_ids.shape)}
+    assert packing_size(b, 96) == min(sorted(packed), key=packed.get) and packed[8] > packed[1]
+
+
+def test_layout():
+    assert [g.tolist() for g in layout([3, 5, 3, 3, 5], 2)] == [[0, 2], [3], [1, 4]]
 
 
 def test_text_and_pictures_make_a_prompt():
@@ -93,6 +114,8 @@ def test_text_and_pictures_make_a_prompt():
     said = [Prompt("detail", "describe the picture .", "", a), Prompt("detail", "describe the picture .", "", b), Prompt("brief", "describe the picture .", "x", a),
             Prompt("detail", "what is this ?", "", a), Prompt("text", "describe the picture .", "", None)]
     assert tiny.batch(said).asked.tolist() == [0, 1, 0, 2, 3]
+    two = [Prompt("detail", "which one ?", "", x) for x in ((a, b), (a, a), (b, a), (a, b))]
+    assert tiny.batch(two).asked.tolist() == [0, 1, 2, 0], "all pictures count, in their order"
     assert tiny.batch(said, images=[a] * 5).asked.tolist() == [0, 0, 0, 1, 2], "the pictures that are shown count"
     assert tiny.batch(said).rows(torch.tensor([4, 2])).asked.tolist() == [3, 0]
 
@@ -117,6 +140,7 @@ def test_states_and_gradients(vlm, prompts):
 def test_packed_rows_are_fewer_and_are_used(vlm, prompts, monkeypatch):
     shapes = []
     monkeypatch.setattr(VLM, "embed", lambda self, batch, role=None, own=VLM.embed: shapes.append(len(batch)) or own(self, batch, role))
+    monkeypatch.setattr(VLM, "width", 4096)   # as in a model for which it always pays
     with torch.no_grad(): vlm.answer_states(crowd(vlm, prompts, each=4))
     assert shapes == ([4] if vlm.kind in PACKING else [16])
 
@@ -169,7 +193,7 @@ def test_pairs(tiny, kind):
         shake(tiny, "dpo")
         task = DPOTask(tiny, .3)
     batch, index = task.collate(group_pairs(pairs))
-    assert worth_packing(batch)
+    assert packing_size(batch, tiny.width) > 1
     both_ways(task, (batch, index), task, (replace(batch, asked=None), index))
 
 
@@ -219,8 +243,7 @@ def test_minibatches_hold_whole_prompts():
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9)), min_size=1, max_size=20), st.integers(1, 6))
 def test_length_groups_keep_prompts_together(rows, size):
-    asked, lengths = (torch.tensor(x) for x in zip(*sorted(rows)))
-    asked = same_prompts(asked.tolist())
+    asked, lengths = (torch.tensor(x) for x in zip(*rows))
     order = torch.cat(length_groups(lengths, size, asked))
     assert sorted(order.tolist()) == list(range(len(rows)))
     means = [float(lengths[asked == asked[i]].float().mean()) for i in order.tolist()]
@@ -235,15 +258,26 @@ def test_settings_that_cannot_work(bad):
 
 
 def test_a_run_samples_each_prompt_as_often_as_asked(tmp_path, monkeypatch):
-    "Two iterations: every drawn picture has its answers, all of them are learned from, weights move."
+    "Two iterations: two pictures with two answers each, whole prompts in scoring and in every update, and something is learned."
     policy, rm, cfg, pool = small_ppo(VLM(build_model(SMALL), build_processor(SMALL)))
-    cfg = replace(cfg, answers=4, answers_per_prompt=2, minibatch=2, micro_batch=2, iterations=2)
-    drawn = []
+    cfg = replace(cfg, answers=4, answers_per_prompt=2, minibatch=2, micro_batch=3, iterations=2, epochs=1, eval_every=9, keep="last")
+    drawn, read = [], []
     def watched(vlm, prompts, *args, own=sample, **kwargs):
         drawn.append([p.image for p in prompts])
         return own(vlm, prompts, *args, **kwargs)
     monkeypatch.setattr("vlmrlhf_course.ppo.sample", watched)
+    monkeypatch.setattr(VLM, "answer_states", lambda self, batch, role=None, own=VLM.answer_states: read.append(batch.asked.tolist()) or own(self, batch, role))
     before = copy.deepcopy({n: p.detach() for n, p in policy.named_parameters() if p.requires_grad})
-    train_ppo(policy, rm, pool, pool[:2], replace(cfg, eval_every=9, keep="last"), tmp_path)
-    for images in drawn[:1]: assert images[0] == images[1] != images[2] == images[3]
+    train_ppo(policy, rm, pool, pool[:2], cfg, tmp_path)
+    training = [images for images in drawn if len(images) == 4]
+    assert len(training) == 2 and all(a == b != c == d for a, b, c, d in training)
+    assert sum(images not in training for images in drawn) == 1, "validation, once"
+    in_training = [asked for asked in read if len(asked) == 2 and asked[0] == asked[1]]
+    assert len(in_training) == 2 * (2 + 2 + 2), "reference, reward model and updates: two prompts each, never torn apart"
     assert any(not torch.equal(p, before[n]) for n, p in policy.named_parameters() if n in before)
+
+
+@pytest.mark.parametrize("k, micro, at_once", [(1, 20, 20), (8, 20, 16), (8, 8, 8), (8, 4, 4), (3, 20, 18)])
+def test_whole_prompts_are_computed_at_once(k, micro, at_once):
+    "… where they fit into a micro-batch."
+    assert PPOConfig(answers=24, minibatch=24, answers_per_prompt=k, micro_batch=micro).at_once == at_once

@@ -67,6 +67,7 @@ def fitted(folder):
     return {n: p.detach() for n, p in task.named_parameters()}
 
 
+PPO_RUNS = {"an answer to a prompt": {}, "two answers to a prompt": dict(answers=8, minibatch=4, answers_per_prompt=2)}
 TASKS = [(name, micro) for name in ("sft", "reward", "ppo", "uneven") for micro in (1, 3)]
 
 
@@ -76,9 +77,10 @@ def process(rank, folder, port):
     torch.set_num_threads(1)
     out = {f"{name}-{micro}": gradients(name, micro) for name, micro in TASKS}
     out["fit"] = 0., fitted(folder / "fit")
-    policy, rm, cfg, pool = small_ppo(VLM(build_model(SMALL), build_processor(SMALL)))
-    train_ppo(policy, rm, pool, pool[:2], cfg, folder / "ppo")
-    out["train_ppo"] = 0., {n: p.detach() for n, p in policy.named_parameters() if p.requires_grad}
+    for name, changes in PPO_RUNS.items():
+        policy, rm, cfg, pool = small_ppo(VLM(build_model(SMALL), build_processor(SMALL)), **changes)
+        train_ppo(policy, rm, pool, pool[:2], cfg, folder / name)
+        out[name] = 0., {n: p.detach() for n, p in policy.named_parameters() if p.requires_grad}
     torch.save(out, folder / f"{rank}.pt")
 
 
@@ -117,8 +119,9 @@ def test_weights_after_training_on_two_processes_are_those_of_one(two, tmp_path)
     for rank in two: same(rank["fit"][1], want)
 
 
-def test_ppo_on_two_processes_keeps_them_alike(two):
-    a, b = (rank["train_ppo"][1] for rank in two)
+@pytest.mark.parametrize("name", PPO_RUNS)
+def test_ppo_on_two_processes_keeps_them_alike(two, name):
+    a, b = (rank[name][1] for rank in two)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert any("lora_B" in k and v.any() for k, v in a.items()), "nothing was learned"
 

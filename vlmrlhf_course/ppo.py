@@ -18,7 +18,7 @@ from .hallucination import PenaltyConfig, penalty
 from .kl import CONTROLLERS, kl_estimate
 from .preferences import sample_prompts, true_score
 from .reward import RewardModel, reward_stage
-from .rollout import Rollout, length_groups, plan_prompts, prompt_lengths, sample, texts
+from .rollout import Rollout, length_groups, merged, plan_prompts, prompt_lengths, sample, texts
 from .runs import (Checkpoints, MetricLog, Run, StepGuard, UserError, check_choices, check_mixture, check_ranges, load_tensors,
                                  make_accelerator, mean_of, progress, save_tensors, seed_of)
 from .sft import backward_through, warmup_cosine
@@ -67,8 +67,7 @@ class PPOConfig:
     kinds: dict[str, float] = field(default_factory=lambda: dict(detail=.85, brief=.15))
     critic: str = "head"              # or `adapter`: see ActorCritic
     dense: bool = True                # pay the reward model's token scores at their tokens (potential-based: the sum is the same)
-    actor_lr: float = 1e-3
-    critic_lr: float = 4e-3
+    actor_lr: float = 1e-3; critic_lr: float = 4e-3
     clip: float = 0.2
     value_clip: float = 0.5
     value_coef: float = 0.5
@@ -90,6 +89,7 @@ class PPOConfig:
     keep: str = "best"                # which policy is the result: the best on validation, or the last
     lora: LoRAConfig = LoRAConfig()
     penalty: PenaltyConfig = PenaltyConfig()
+    at_once = property(lambda self: self.micro_batch // self.answers_per_prompt * self.answers_per_prompt or self.micro_batch)   # whole prompts
     def __post_init__(self): check_ppo(self)
 
 # %% ../nbs/10_ppo.ipynb #config-check
@@ -104,7 +104,7 @@ def check_ppo(cfg: PPOConfig):
     check_mixture(cfg, kinds=tuple(k for k in KINDS if k != "text"))   # a batch is planned by its pictures
     k = cfg.answers_per_prompt
     if cfg.answers % k or cfg.minibatch % k: raise ValueError(f"answers ({cfg.answers}) and minibatch ({cfg.minibatch}) must be multiples of answers_per_prompt, {k}")
-    if cfg.answers // k > cfg.pool: raise ValueError(f"answers ({cfg.answers}) must not exceed pool ({cfg.pool}): a picture appears once in a batch")
+    if cfg.answers // k > cfg.pool: raise ValueError(f"answers ({cfg.answers}) / answers_per_prompt ({k}) must not exceed pool ({cfg.pool}): a picture appears once in a batch")
 
 # %% ../nbs/10_ppo.ipynb #actor
 class ActorCritic(nn.Module):
@@ -203,18 +203,17 @@ def answer_figures(
 @torch.no_grad()
 def read_answers(policy: ActorCritic, rm: RewardModel, roll: Rollout, cfg: PPOConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:   # (B, A), (B, A+1, H), (B, A+1); zeros where an answer has no token
     "Log-probabilities under the reference, the reward model's states, the critic's values: `micro_batch` answers of like length at a time."
-    batch, groups, found = roll.batch, length_groups(roll.batch.lengths, cfg.micro_batch, roll.batch.asked), []
-    for rows in groups:
-        b = batch.rows(rows)
-        ref = token_logprobs(policy.vlm.rule_out(policy.vlm.answer_logits(b)), b.answers, roll.temperature)
-        states = rm.states(b)
-        found.append((ref, states, policy.values(b, states if cfg.critic == "head" else None)))
-    def whole(parts, width):
-        out = parts[0].new_zeros(len(batch), width, *parts[0].shape[2:])
-        for rows, part in zip(groups, parts): out[rows, :part.shape[1]] = part
+    batch, vlm = roll.batch, policy.vlm
+    groups = length_groups(batch.lengths, cfg.at_once, batch.asked)
+    parts = [batch.rows(rows) for rows in groups]
+    ref = [token_logprobs(vlm.rule_out(vlm.answer_logits(b)), b.answers, roll.temperature) for b in parts]
+    with merged(vlm, "reward") as role: states = [vlm.answer_states(b, role) for b in parts]
+    values = [policy.values(b, s if cfg.critic == "head" else None) for b, s in zip(parts, states)]
+    def whole(found, more=0):
+        out = found[0].new_zeros(len(batch), batch.answers.shape[1] + more, *found[0].shape[2:])
+        for rows, x in zip(groups, found): out[rows, :x.shape[1]] = x
         return out
-    A = batch.answers.shape[1]
-    return tuple(whole(parts, width) for parts, width in zip(zip(*found), (A, A + 1, A + 1)))
+    return whole(ref), whole(states, 1), whole(values, 1)
 
 # %% ../nbs/10_ppo.ipynb #make-experience
 @torch.no_grad()
@@ -361,7 +360,7 @@ def train_ppo(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], valid
         if emergency: optimizer.state.clear()                         # Adam's moments point where the weights came from
         updates = []
         for rows in () if emergency else minibatches(roll.batch.lengths, cfg, f"{seed}/{step}", world, roll.batch.asked):
-            loss, metrics = backward_through(task, [(exp, i) for i in rows], cfg.micro_batch, accelerator, shard=False)
+            loss, metrics = backward_through(task, [(exp, i) for i in rows], cfg.at_once, accelerator, shard=False)
             norm = float(accelerator.clip_grad_norm_(state.params, cfg.grad_clip))
             if guard(step, loss, norm):
                 optimizer.step()

@@ -117,10 +117,10 @@ def prompt_lengths(
     lengths: torch.Tensor,               # (B,)
     asked: torch.Tensor | None = None,   # (B,) of a `Batch`; default: all prompts differ
 ) -> torch.Tensor:                       # (B,)
-    "Mean length of all answers to each row's prompt. Sorted by it, answers to one prompt stay together."
+    "Mean length of all answers to each row's prompt."
     if asked is None: return lengths
-    zeros = lengths.new_zeros(len(asked), dtype=torch.float)
-    return (zeros.index_add(0, asked, lengths.float()) / asked.bincount(minlength=len(asked)))[asked]
+    asked, n = asked.unique(return_inverse=True, return_counts=True)[1:]
+    return (torch.zeros_like(n, dtype=torch.float).index_add(0, asked, lengths.float()) / n)[asked]
 
 
 def length_groups(
@@ -129,7 +129,8 @@ def length_groups(
     asked: torch.Tensor | None = None,   # (B,) rows with one number belong together
 ) -> list[torch.Tensor]:                 # index tensors of at most `size` rows
     "Rows of like length together: padding shrinks."
-    return list(torch.argsort(prompt_lengths(lengths, asked), stable=True).split(size))
+    first = torch.arange(len(lengths), device=lengths.device) if asked is None else asked.argsort(stable=True)   # or equal means would mix prompts
+    return list(first[torch.argsort(prompt_lengths(lengths, asked)[first], stable=True)].split(size))
 
 
 def padding_share(lengths: torch.Tensor, groups: list[torch.Tensor]) -> float:

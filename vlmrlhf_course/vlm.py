@@ -21,7 +21,7 @@ from torch import nn
 from transformers import (AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
                           LlavaProcessor, PreTrainedTokenizerFast, SiglipImageProcessorPil, SiglipVisionConfig)
 from .families import Pictures, chat_template, family_of, go_on, references, stack_positions, word_tokenizer
-from .packing import pack, same_prompts, worth_packing
+from .packing import pack, packing_size, same_prompts
 from .runs import UserError, check_ranges, load_model, reading, save_folder
 from .world import COLOURS, KINDS, NOUNS, NUMBERS, PLACES, RELATIONS, SIZES, Prompt, describe, make_prompt, open_image, sample_scenes
 
@@ -82,7 +82,7 @@ class Batch:
     answer_mask: torch.Tensor               # (B, A)
     pictures: Pictures
     prompt_length: int                      # P
-    positions: torch.Tensor | None = None   # (3, B, P), where a family does not just count tokens
+    positions: torch.Tensor | None = None   # (3, B, P), or (…, B, P), where tokens are not just counted
     asked: torch.Tensor | None = None       # (B,) rows with the same number have the same prompt
     sees: torch.Tensor | None = None        # (B, 1, L, L) who attends to whom, in a batch that is packed (appendix F)
 
@@ -341,8 +341,9 @@ def logits(self: VLM, hidden: torch.Tensor, role: str | None = None) -> torch.Te
 @patch
 def answer_states(self: VLM, batch: Batch, role: str | None = None) -> torch.Tensor:   # (B, A+1, H)
     "States from the prompt's last token on: one before and one after each answer token. Many answers to one prompt read it once."
-    if not (self.family.packs(self.model.config) and worth_packing(batch)): return self.hidden(batch, role)[:, batch.prompt_length - 1:]
-    packed, row, column = pack(batch)
+    size = packing_size(batch, self.width) if self.family.packs(self.model.config) else 1
+    if size == 1: return self.hidden(batch, role)[:, batch.prompt_length - 1:]
+    packed, row, column = pack(batch, size)
     return self.hidden(packed, role)[row, column]
 
 @patch
