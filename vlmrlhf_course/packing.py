@@ -28,7 +28,7 @@ def distinct(
     rows = torch.arange(len(which), device=which.device)
     return rows.new_full((len(numbers),), len(which)).scatter_reduce(0, which, rows, "amin"), which
 
-# %% ../nbs/95_packing.ipynb #pack
+# %% ../nbs/95_packing.ipynb #sees
 def who_sees(
     owner: torch.Tensor,   # (R, L) the answer that a cell belongs to; -1: the prompt
     real: torch.Tensor,    # (R, L) 0 at padding
@@ -38,7 +38,7 @@ def who_sees(
     itself = torch.eye(owner.shape[1], dtype=torch.bool, device=owner.device)   # padding, too: a softmax over nothing is NaN
     return (itself | mine & real.bool().unsqueeze(1) & torch.ones_like(itself).tril()).unsqueeze(1)
 
-
+# %% ../nbs/95_packing.ipynb #pack
 def layout(
     asked: list[int],      # the prompt of each row of a batch
     size: int,             # answers in a packed row, at most
