@@ -216,7 +216,8 @@ MUTANTS = [
     *of("ppo.minibatches", PACKING + "minibatches", ("answers drawn one by one", "range(0, len(lengths), k), len(lengths) // k) for j in range(k)",
                                                      "range(len(lengths)), len(lengths)) for j in range(1)")),
     *of("ppo.read_answers", PACKING + "as_often", ("scoring tears prompts apart", "cfg.at_once", "cfg.micro_batch")),
-    *of("ppo.train_ppo", PACKING + "as_often", ("one answer to a prompt", "for p in drawn for _ in range(cfg.answers_per_prompt)", "for p in drawn"),
+    *of("ppo.train_ppo", PACKING + "'as_often or shared_out'", ("one answer to a prompt", "for p in drawn for _ in range(cfg.answers_per_prompt)", "for p in drawn"),
+        ("shares are not checked", "shares(cfg, accelerator)", "accelerator.process_index, accelerator.num_processes"),
         ("as many prompts as answers", "cfg.answers // cfg.answers_per_prompt", "cfg.answers"),
         ("updates tear prompts apart", "cfg.at_once", "cfg.micro_batch - 2")),
     # --- packing

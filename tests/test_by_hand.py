@@ -2,6 +2,7 @@
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from vlmrlhf_course.kl import grounded_mask
-from vlmrlhf_course.ppo import PPOConfig, PPOState, PPOTask, answer_scores, minibatches, validate
+from vlmrlhf_course.ppo import PPOConfig, PPOState, PPOTask, answer_scores, minibatches, shares, validate
 from vlmrlhf_course.preferences import ranking_pairs
 from vlmrlhf_course.reward import RewardTask, ScoreHead, group_pairs, score_texts
 from vlmrlhf_course.rollout import sample
@@ -79,7 +80,7 @@ def test_minibatches_are_random_and_sorted_inside():
     assert all(lengths[g].tolist() == sorted(lengths[g].tolist()) for g in found)
     assert len({frozenset(g) for g in found[::2]}) > 1 and found == list(minibatches(lengths, cfg, "0/0")) != list(minibatches(lengths, cfg, "0/1"))
     assert any(max(lengths[g]) - min(lengths[g]) > 4 for g in found), "sorted over the whole batch: updates would see one kind of answer each"
-    with pytest.raises(UserError, match="minibatch=4.*answers_per_prompt, 3 × 1"): next(minibatches(lengths, cfg, "0/0", world=3))
+    with pytest.raises(UserError, match="minibatch=4.*answers_per_prompt, 3 × 1"): shares(cfg, SimpleNamespace(process_index=0, num_processes=3))
 
 
 def test_emergency_and_controller():

@@ -2,6 +2,7 @@
 import copy
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import DynamicCache, LlavaConfig, MistralConfig
 from vlmrlhf_course.dpo import DPOTask
 from vlmrlhf_course.families import FAMILIES, Pictures
 from vlmrlhf_course.packing import distinct, layout, pack, packing_size, same_prompts, who_sees
-from vlmrlhf_course.ppo import PPOConfig, PPOTask, make_experience, minibatches, train_ppo
+from vlmrlhf_course.ppo import PPOConfig, PPOTask, make_experience, minibatches, shares, train_ppo
 from vlmrlhf_course.reward import RewardConfig, RewardModel, RewardTask, group_pairs
 from vlmrlhf_course.rollout import length_groups, sample
 from vlmrlhf_course.runs import UserError
@@ -238,7 +239,13 @@ def test_minibatches_hold_whole_prompts():
         means = [float(lengths[g[i:i + 2]].float().mean()) for i in (0, 2)]
         assert means == sorted(means)
     assert len({frozenset(g) for g in found}) > 2
-    with pytest.raises(UserError, match="minibatch=4.*2 × 3|minibatch=4.*3 × 2"): next(minibatches(lengths, cfg, "0/0", world=3, asked=asked))
+    with pytest.raises(UserError, match="minibatch=4.*3 × 2"): shares(cfg, SimpleNamespace(process_index=0, num_processes=3))
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused_before_anything_is_sampled(tiny, tmp_path, monkeypatch):
+    policy, rm, cfg, pool = small_ppo(tiny)
+    monkeypatch.setattr("vlmrlhf_course.ppo.make_accelerator", lambda: SimpleNamespace(process_index=0, num_processes=4))
+    with pytest.raises(UserError, match="answers=6.*4 × 1"): train_ppo(policy, rm, pool, pool[:2], cfg, tmp_path)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9)), min_size=1, max_size=20), st.integers(1, 6))

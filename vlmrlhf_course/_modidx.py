@@ -239,6 +239,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'vlmrlhf_course.ppo.ppo_policy_loss': ('ppo.html#ppo_policy_loss', 'vlmrlhf_course/ppo.py'),
                                     'vlmrlhf_course.ppo.ppo_stage': ('ppo.html#ppo_stage', 'vlmrlhf_course/ppo.py'),
                                     'vlmrlhf_course.ppo.read_answers': ('ppo.html#read_answers', 'vlmrlhf_course/ppo.py'),
+                                    'vlmrlhf_course.ppo.shares': ('ppo.html#shares', 'vlmrlhf_course/ppo.py'),
                                     'vlmrlhf_course.ppo.train_ppo': ('ppo.html#train_ppo', 'vlmrlhf_course/ppo.py'),
                                     'vlmrlhf_course.ppo.validate': ('ppo.html#validate', 'vlmrlhf_course/ppo.py'),
                                     'vlmrlhf_course.ppo.value_loss': ('ppo.html#value_loss', 'vlmrlhf_course/ppo.py')},

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_EMERGENCIES', 'ppo_policy_loss', 'value_loss', 'PPOConfig', 'check_ppo', 'ActorCritic', 'phase', 'answer_scores',
            'Experience', 'answer_figures', 'read_answers', 'make_experience', 'PPOTask', 'ppo_optimizer', 'PPOState',
-           'validate', 'minibatches', 'train_ppo', 'ppo_stage']
+           'validate', 'shares', 'minibatches', 'train_ppo', 'ppo_stage']
 
 # %% ../nbs/10_ppo.ipynb #imports
 import random
@@ -136,8 +136,7 @@ class ActorCritic(nn.Module):
     def role_groups(self):
         "Trained parameters of the actor, and of the critic."
         critic = [p for n, p in self.named_parameters() if p.requires_grad and (".critic." in n or n.startswith(("value.", "own.1.")))]
-        ids = {id(p) for p in critic}
-        return [p for p in self.parameters() if p.requires_grad and id(p) not in ids], critic
+        return [p for p in self.parameters() if p.requires_grad and all(p is not q for q in critic)], critic
 
 # %% ../nbs/10_ppo.ipynb #phase
 def phase(step: int, cfg: PPOConfig) -> tuple[str, float, float]:
@@ -325,12 +324,17 @@ def validate(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], cfg: P
     return float((score - beta * (kl_estimate(roll.logprobs, ref, "k3") * roll.batch.answer_mask).sum(1)).mean())
 
 
-def minibatches(lengths: torch.Tensor, cfg: PPOConfig, key: str, world: int = 1, asked: torch.Tensor | None = None):
-    "`epochs` times over a batch, in minibatches of random prompts. Each is sorted by length, so that its micro-batches hold little padding."
-    k = cfg.answers_per_prompt
+def shares(cfg: PPOConfig, accelerator) -> tuple[int, int]:
+    "This process's number and that of all. Raises UserError where they cannot share out answers and minibatches evenly."
+    rank, world, k = accelerator.process_index, accelerator.num_processes, cfg.answers_per_prompt
     if cfg.answers % (world * k) or cfg.minibatch % (world * k):
         raise UserError(f"answers={cfg.answers} and minibatch={cfg.minibatch} must be multiples of processes × answers_per_prompt, {world} × {k}")
-    lengths, size = prompt_lengths(lengths, asked).tolist(), cfg.minibatch // world
+    return rank, world
+
+
+def minibatches(lengths: torch.Tensor, cfg: PPOConfig, key: str, world: int = 1, asked: torch.Tensor | None = None):
+    "`epochs` times over a batch, in minibatches of random prompts. Each is sorted by length, so that its micro-batches hold little padding."
+    lengths, size, k = prompt_lengths(lengths, asked).tolist(), cfg.minibatch // world, cfg.answers_per_prompt
     for epoch in range(cfg.epochs):
         order = [i + j for i in random.Random(f"order/{key}/{epoch}").sample(range(0, len(lengths), k), len(lengths) // k) for j in range(k)]
         for i in range(0, len(order), size): yield sorted(order[i:i + size], key=lengths.__getitem__)
@@ -340,7 +344,7 @@ def train_ppo(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], valid
               seed: int = 0) -> PPOState:
     "PPO. Resumes from the last checkpoint in `folder`; leaves the best (or last) policy in `policy`."
     accelerator = make_accelerator()
-    rank, world = accelerator.process_index, accelerator.num_processes
+    rank, world = shares(cfg, accelerator)
     task, optimizer = accelerator.prepare(PPOTask(policy, cfg), ppo_optimizer(policy, cfg))
     state, guard = PPOState(policy, cfg), StepGuard(accelerator, folder.name)
     accelerator.register_for_checkpointing(state, guard)
