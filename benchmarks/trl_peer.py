@@ -179,9 +179,12 @@ def rows(result: dict) -> str:
     from benchmarks.common import number, table
     head = ["TRL", "epochs", "TRL trains", "ours", "tokens an answer (TRL, ours)", "pictures encoded (TRL, ours)", "TRL", "ours", "ours / TRL"]
     def two(x): return f"{x[0]:.1f}, {x[1]:.1f}" if x else "the same"
-    return table(head, [[p["method"], p["epochs"] or "", p["trained"], p["ours"], two(p["tokens"]), ", ".join(number(x) for x in p["images"]),
+    body = table(head, [[p["method"], p["epochs"] or "", p["trained"], p["ours"], two(p["tokens"]), ", ".join(number(x) for x in p["images"]),
                          f"{number(p['trl_per_s'])} {p['unit']}/s", f"{number(p['ours_per_s'])} {p['unit']}/s",
                          f"{p['ratio']:.2f}"] for p in result["pairs"]])
+    def named(wanted): return "; ".join(f"{p['method']}, {p['epochs']} epoch{'s' * (p['epochs'] > 1)}, {p['tokens'][0]:.0f} tokens ({p['ratio']:.2f})" for p in result["pairs"]
+                                        if p["tokens"] and p["trained"] == "adapter" and p["ours"] == LABELS["head"] and wanted(p["ratio"])) or "none"
+    return f"{body}\n\nTwice TRL's rate or more, adapter against adapter: {named(lambda r: r >= 2)}. Less: {named(lambda r: r < 2)}."
 
 
 def main(argv=None) -> int:
