@@ -64,7 +64,7 @@ def measure(vlm: VLM, cfg: PPOConfig, rounds: int, naive_answers: int) -> list[d
             with cast: said = side.iteration(prompts, step)
             t = side.clock.take()
             if ours:
-                groups = map(torch.tensor, lib.groups(said[0], step))
+                groups = [part for g in lib.groups(said[0], step) for part in torch.tensor(g).split(cfg.at_once)]   # as they are computed
                 flops = sum(update_flops(policy, said[0].batch.rows(g), cfg.critic) for g in groups)
                 t |= dict(update=t["backward"] + t["step"], tokens=int(said[0].batch.answer_mask.sum()), flops=flops)
             else: t |= dict(tokens=sum(e["answer"].shape[1] for e in said))

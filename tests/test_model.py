@@ -18,6 +18,7 @@ from vlmrlhf_course.reward import (EarlyStopping, RewardConfig, RewardModel, Rew
 from vlmrlhf_course.rollout import merged, sample, texts, with_answers
 from vlmrlhf_course.runs import make_accelerator, read_jsonl
 from vlmrlhf_course.sft import FitConfig, SFTTask, backward_through, grad_norms, pretrained_vlm, unfreeze_tower
+from vlmrlhf_course.runs import UserError
 from vlmrlhf_course.vlm import (VLM, Batch, LoRAConfig, answer, build_model, build_processor, load_vlm, pad_sides, save_vlm, token_logprobs)
 from vlmrlhf_course.world import Prompt, open_image
 
@@ -265,6 +266,14 @@ def test_reference_is_the_frozen_trunk_bit_for_bit(vlm, full):
     now = vlm.model.state_dict()
     for k, v in trunk.items():
         assert torch.equal(v, now.get(k, now.get(k.replace(".weight", ".base_layer.weight"), torch.zeros(0)))), k
+
+
+@pytest.mark.parametrize("first, second", [(SMALL_LORA, LoRAConfig(r=0)), (LoRAConfig(r=0), SMALL_LORA)], ids=["copy of an adapter", "adapter of a copy"])
+def test_a_role_starts_only_from_its_own_kind(first, second):
+    vlm = VLM(build_model(SMALL), build_processor(SMALL))
+    vlm.add_role("reward", first)
+    with pytest.raises(UserError, match="'reward' is .* cannot start from it"): vlm.add_role("critic", second, like="reward")
+    vlm.add_role("critic", first, like="reward")
 
 
 def test_acting_is_undone_also_after_errors(vlm, full):

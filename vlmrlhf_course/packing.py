@@ -35,7 +35,7 @@ def who_sees(
 ) -> torch.Tensor:         # (R, 1, L, L) True where a cell (third axis) may attend to another (fourth)
     "Causal attention in packed rows: to the prompt and to the own answer."
     mine = (owner.unsqueeze(1) == -1) | (owner.unsqueeze(1) == owner.unsqueeze(2))
-    itself = torch.eye(owner.shape[1], dtype=torch.bool, device=owner.device)   # padding, too: a softmax over nothing is NaN
+    itself = torch.eye(owner.shape[1], dtype=torch.bool, device=owner.device)   # padding, too: a softmax over nothing is 0 in one kernel, NaN in another
     return (itself | mine & real.bool().unsqueeze(1) & torch.ones_like(itself).tril()).unsqueeze(1)
 
 # %% ../nbs/95_packing.ipynb #pack
@@ -56,8 +56,8 @@ def pack(
     "Put answers to the same prompt behind each other, so that it is read once. Positions and attention are as if each stood alone."
     P, lengths, rows = batch.prompt_length, batch.lengths.cpu().numpy(), layout(batch.asked.tolist(), size)
     R, L = len(rows), P + max(int(lengths[g].sum()) for g in rows)
-    # Row and column of the batch that a cell is a copy of; row and column where an answer begins.
-    row, column, home, start = np.zeros((R, L), int), np.minimum(np.arange(L), P - 1) * np.ones((R, 1), int), *np.zeros((2, len(batch)), int)
+    row, column = np.zeros((R, L), int), np.tile(np.minimum(np.arange(L), P - 1), (R, 1))   # of the batch: what each cell is a copy of
+    home, start = np.zeros(len(batch), int), np.zeros(len(batch), int)                      # packed row and cell where each answer begins
     for r, g in enumerate(rows):
         n = lengths[g]
         begin, end = np.cumsum(n) - n, P + n.sum()

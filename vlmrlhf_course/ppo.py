@@ -204,10 +204,10 @@ def read_answers(policy: ActorCritic, rm: RewardModel, roll: Rollout, cfg: PPOCo
     "Log-probabilities under the reference, the reward model's states, the critic's values: `micro_batch` answers of like length at a time."
     batch, vlm = roll.batch, policy.vlm
     groups = length_groups(batch.lengths, cfg.at_once, batch.asked)
-    parts = [batch.rows(rows) for rows in groups]
-    ref = [token_logprobs(vlm.rule_out(vlm.answer_logits(b)), b.answers, roll.temperature) for b in parts]
-    with merged(vlm, "reward") as role: states = [vlm.answer_states(b, role) for b in parts]
-    values = [policy.values(b, s if cfg.critic == "head" else None) for b, s in zip(parts, states)]
+    def parts(): return map(batch.rows, groups)   # made anew each time: a picture's features are large
+    ref = [token_logprobs(vlm.rule_out(vlm.answer_logits(b)), b.answers, roll.temperature) for b in parts()]
+    with merged(vlm, "reward") as role: states = [vlm.answer_states(b, role) for b in parts()]
+    values = [policy.values(b, s if cfg.critic == "head" else None) for b, s in zip(parts(), states)]
     def whole(found, more=0):
         out = found[0].new_zeros(len(batch), batch.answers.shape[1] + more, *found[0].shape[2:])
         for rows, x in zip(groups, found): out[rows, :x.shape[1]] = x

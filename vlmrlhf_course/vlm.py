@@ -239,8 +239,9 @@ def add_role(
     like: str | None = None,   # start from this role's weights; default: from the trunk
 ):
     "Give the model another role: an adapter on the shared trunk, or (r=0) a trainable copy of language model and output layer."
+    kinds = "an adapter", "a full copy"
+    if like and (like in self.roles) != (cfg.r == 0): raise UserError(f"role {like!r} is {kinds[like in self.roles]}: {kinds[cfg.r == 0]} cannot start from it")
     if cfg.r == 0:
-        if like and like not in self.roles: raise ValueError(f"role {like!r} is an adapter: a full copy can start from the trunk or another copy")
         self.roles[name] = nn.ModuleList(_bare(copy.deepcopy(part)).requires_grad_(True) for part in self.parts(like))
         return
     with warnings.catch_warnings():   # several adapters on one model are what we want
@@ -249,9 +250,8 @@ def add_role(
                                 self.language, name)
     vars(self.language).pop("_adapted", None)
     self.language.eval()              # dropout would make two passes of one policy differ: a ratio that is not 1. `RewardModel.train` turns it on
-    for layer in self.lora_layers():
-        if like:
-            for side in (layer.lora_A, layer.lora_B): side[name].load_state_dict(side[like].state_dict())
+    for layer in self.lora_layers() if like else ():
+        for side in (layer.lora_A, layer.lora_B): side[name].load_state_dict(side[like].state_dict())
     for key, p in self.language.named_parameters(): p.requires_grad_(".lora_" in key)
 
 # %% ../nbs/02_vlm.ipynb #roles-acting
