@@ -1,5 +1,6 @@
 """Cost against the number of prompts and the length of answers, and memory over many iterations: `python -m benchmarks.scaling`."""
 import argparse
+import json
 import random
 import statistics
 
@@ -47,6 +48,11 @@ def drift(memory: list[float]) -> dict[str, float]:
                 kib_per_iteration=1024 * fit.slope)
 
 
+def drawn(result: dict) -> str:
+    "What a picture of the curves shows: a test compares the picture's own note with the results."
+    return json.dumps([result["by_prompts"], result["by_length"]])
+
+
 def plot(result: dict):
     "The curves, as `results/scaling.png`."
     import matplotlib
@@ -58,10 +64,11 @@ def plot(result: dict):
     left.set_xticks(n, n), left.set_yticks(seconds, [number(x) for x in seconds]), left.minorticks_off()
     left.set_xlabel("prompts in an iteration"), left.set_ylabel("seconds an iteration"), left.legend(fontsize=8)
     lengths = [r["length"] for r in result["by_length"]]
-    parts = {"sampling": "sample", "scoring": "score", "update": "backward"}
-    right.stackplot(lengths, *([1000 * r[k] / result["answers"] for r in result["by_length"]] for k in parts.values()), labels=parts, alpha=.8)
+    parts = {"sampling": ("sample",), "scoring": ("score",), "update": ("backward", "step")}
+    heights = [[1000 * sum(r[k] for k in keys) / result["answers"] for r in result["by_length"]] for keys in parts.values()]
+    right.stackplot(lengths, heights, labels=parts, alpha=.8)
     right.set_xlabel("tokens in an answer"), right.set_ylabel("ms an answer"), right.legend(fontsize=8, loc="upper left")
-    fig.tight_layout(), fig.savefig(RESULTS / "scaling.png", dpi=80, metadata={"Software": None}), plt.close(fig)
+    fig.tight_layout(), fig.savefig(RESULTS / "scaling.png", dpi=80, metadata=dict(Software=None, Description=drawn(result))), plt.close(fig)
 
 
 def rows(result: dict) -> str:

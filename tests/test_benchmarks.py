@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import REPO, SMALL
 from matplotlib.axes import Axes
+from PIL import Image
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -140,14 +141,22 @@ def test_cost_and_memory_are_measured():
 
 
 def test_the_curves_are_drawn(tmp_path, monkeypatch):
-    "Every measured point is on one of them."
+    "Every measured point is on one of them, and the picture in README.md was made of the results that stand there."
     monkeypatch.setattr(scaling, "RESULTS", tmp_path)
-    drawn = []
-    monkeypatch.setattr("matplotlib.axes.Axes.loglog", lambda self, x, y, *a, own=Axes.loglog, **k: drawn.append(list(y)) or own(self, x, y, *a, **k))
+    lines, stacks = [], []
+    monkeypatch.setattr(Axes, "loglog", lambda self, x, y, *a, own=Axes.loglog, **k: lines.append(list(y)) or own(self, x, y, *a, **k))
+    monkeypatch.setattr(Axes, "stackplot", lambda self, x, y, *a, own=Axes.stackplot, **k: stacks.append(y) or own(self, x, y, *a, **k))
     result = report.results()["scaling"]
     scaling.plot(result)
-    assert (tmp_path / "scaling.png").stat().st_size > 5000 and drawn[0] == [r["all"] for r in result["by_prompts"]]
-    assert (common.RESULTS / "scaling.png").is_file()
+    assert lines[0] == [r["all"] for r in result["by_prompts"]]
+    for r, heights in zip(result["by_length"], zip(*stacks[0]), strict=True):
+        assert sum(heights) == pytest.approx(1000 * (r["sample"] + r["score"] + r["backward"] + r["step"]) / result["answers"])
+    for folder in (tmp_path, common.RESULTS): assert Image.open(folder / "scaling.png").text["Description"] == scaling.drawn(result)
+
+
+def test_a_full_model_has_no_adapters(prompts):
+    policy, _ = pair(CFG)
+    assert policy.vlm.lora_layers() and not common.VLM(naive.full_model(policy.vlm, "actor"), policy.vlm.processor).lora_layers()
 
 
 def test_slopes():

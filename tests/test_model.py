@@ -276,6 +276,15 @@ def test_a_role_starts_only_from_its_own_kind(first, second):
     vlm.add_role("critic", first, like="reward")
 
 
+def test_a_full_copy_has_no_adapters():
+    "Not even the note of where the trunk had some."
+    vlm = VLM(build_model(SMALL), build_processor(SMALL))
+    for name, lora in (("actor", SMALL_LORA), ("copy", LoRAConfig(r=0))):
+        vlm.add_role(name, lora)
+        assert vlm.lora_layers()
+    with vlm.speaking("copy"): assert not vlm.lora_layers()
+
+
 def test_acting_is_undone_also_after_errors(vlm, full):
     vlm.add_role("a", SMALL_LORA), vlm.add_role("b", SMALL_LORA)
     shake(vlm, "a"), shake(vlm, "b", seed=2)

@@ -82,7 +82,7 @@ class Batch:
     answer_mask: torch.Tensor               # (B, A)
     pictures: Pictures
     prompt_length: int                      # P
-    positions: torch.Tensor | None = None   # (3, B, P), or (…, B, P), where tokens are not just counted
+    positions: torch.Tensor | None = None   # (3, B, P) where a family does not just count tokens; (B, P) if packed
     asked: torch.Tensor | None = None       # (B,) rows with the same number have the same prompt
     sees: torch.Tensor | None = None        # (B, 1, L, L) who attends to whom, in a batch that is packed (appendix F)
 
