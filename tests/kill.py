@@ -37,7 +37,7 @@ SMALLER = ("sft.projector.steps=4 sft.projector.save_every=1 sft.language.steps=
 class Forked:
     "A forked process that runs `vlmrlhf`, with the methods of Popen that the library uses. `env` as at the start of a program."
     def __init__(self, argv, log: Path, **env: str):
-        self.returncode, (end, self.stdin) = None, os.pipe()
+        self.returncode, (end, self.stdin), self.log = None, os.pipe(), log
         self.pid = os.fork()
         if self.pid:
             os.close(end)
@@ -67,6 +67,7 @@ class Forked:
 
     def poll(self): return self._ended(os.WNOHANG)
     def wait(self): return self._ended(0)
+    def said(self): return self.log.read_text(errors="replace").splitlines() if self.log.is_file() else []
     def terminate(self):
         if self.poll() is None: os.kill(self.pid, signal.SIGTERM)
 

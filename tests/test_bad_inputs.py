@@ -12,10 +12,11 @@ import zlib
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vlmrlhf_course import sft
+from vlmrlhf_course import files, sft
 from vlmrlhf_course.cli import main
 from vlmrlhf_course.preferences import load_pairs
 from vlmrlhf_course.reward import group_pairs, swap_pictures
@@ -358,7 +359,9 @@ class TestSkipBad:
 # --- models ---------------------------------------------------------------------------------------------------------
 
 def edit_json(file, **values): file.write_text(json.dumps(json.loads(file.read_text()) | values))
-def edit_weights(file, edit): save_file(edit(load_file(file)), file, metadata={"format": "pt"})
+def edit_weights(file, edit):
+    with safe_open(file, "pt") as f: header = f.metadata()
+    save_file(edit(load_file(file)), file, metadata=header)
 
 
 def text_only(folder):
@@ -425,9 +428,10 @@ class TestModels:
     def test_in_a_run(self, capsys, smoke_run, tmp_path):
         shutil.copytree(smoke_run / "sft", tmp_path / "run" / "sft")
         file = tmp_path / "run" / "sft" / "language" / "model.safetensors"
+        size = file.stat().st_size
         os.truncate(file, 1000)
         line = refused(capsys, "preferences", "--scale", "smoke", "--out", tmp_path / "run")
-        assert str(file.parent) in line and "whole checkpoint" in line
+        assert f"{file.parent.parent}: language: {file.name} has 1000 bytes instead of {size}" in line and "put the file back, or delete" in line
 
 
 # --- folders and records of a run -----------------------------------------------------------------------------------
@@ -481,31 +485,54 @@ def spoiled(smoke_run, tmp_path_factory):
     return folder
 
 
+# A file of a stage, what becomes of it, the verb that finds it, and what that says where somebody has renewed the seal.
+DAMAGE = [
+    ("hacked/metrics.jsonl", lambda f: f.write_text('{"step": 0\n{"step": 1}\n'), "evaluate", ["line 1", "not JSON"]),
+    ("hacked/metrics.jsonl", lambda f: f.write_text('{"step": 0}\n'), "evaluate", ["line 1", "no 'kl'"]),
+    ("ppo/metrics.jsonl", lambda f: f.unlink(), "evaluate", ["is missing"]),
+    ("reward/reward.safetensors", lambda f: os.truncate(f, 1000), "evaluate", ["cannot be read"]),
+    ("reward/reward.safetensors", lambda f: f.unlink(), "evaluate", ["is missing"]),
+    ("reward/reward.safetensors", lambda f: edit_weights(f, lambda w: {k: v * float("nan") for k, v in w.items()}), "ppo", ["not finite"]),
+    ("reward/reward.safetensors", lambda f: edit_weights(f, lambda w: {k: v for k, v in w.items() if "head" not in k}), "ppo", ["cannot be read"]),
+    ("ppo/actor.safetensors", lambda f: edit_weights(f, lambda w: dict(list(w.items())[1:])), "ppo", ["do not fit"]),
+    ("ppo/actor.safetensors", lambda f: edit_weights(f, lambda w: {k: v[:1].clone() for k, v in w.items()}), "ppo", ["cannot be read"]),
+    ("ppo/actor.safetensors", lambda f: f.write_bytes(b""), "ppo", ["cannot be read"])]
+
+
 class TestDamagedRun:
-    @pytest.mark.parametrize("file, spoil, verb, words", [
-        ("report.json", lambda f: f.write_text("{"), "run", ["not JSON", "delete it"]),
-        ("hacked/metrics.jsonl", lambda f: f.write_text('{"step": 0\n{"step": 1}\n'), "evaluate", ["line 1", "not JSON"]),
-        ("hacked/metrics.jsonl", lambda f: f.write_text('{"step": 0}\n'), "evaluate", ["line 1", "no 'kl'"]),
-        ("ppo/metrics.jsonl", lambda f: f.unlink(), "evaluate", ["no such file"]),
-        ("reward/reward.safetensors", lambda f: os.truncate(f, 1000), "evaluate", ["cannot be read", "delete reward/done.json"]),
-        ("reward/reward.safetensors", lambda f: f.unlink(), "evaluate", ["delete reward/done.json"]),
-        ("reward/reward.safetensors", lambda f: edit_weights(f, lambda w: {k: v * float("nan") for k, v in w.items()}), "ppo", ["not finite"]),
-        ("reward/reward.safetensors", lambda f: edit_weights(f, lambda w: {k: v for k, v in w.items() if "head" not in k}), "ppo", ["delete reward/done.json"]),
-        ("ppo/actor.safetensors", lambda f: edit_weights(f, lambda w: dict(list(w.items())[1:])), "ppo", ["do not fit", "delete ppo/done.json"]),
-        ("ppo/actor.safetensors", lambda f: edit_weights(f, lambda w: {k: v[:1].clone() for k, v in w.items()}), "ppo", ["delete ppo/done.json"]),
-        ("ppo/actor.safetensors", lambda f: f.write_bytes(b""), "ppo", ["cannot be read"]),
-        ("preferences/done.json", lambda f: edit_json(f, uses=dict(seed=5)), "reward", ["preferences", "other settings"])])
-    def test_names_the_file(self, capsys, smoke_run, spoiled, file, spoil, verb, words):
-        at = spoiled / file
-        spoil(at)
+    def refused(self, capsys, smoke_run, spoiled, file, verb, words):
+        "The line names the place and every word; then all is mended."
         line = refused(capsys, verb, "--scale", "smoke", "--out", spoiled)
-        assert all(w in line for w in words) and (str(at) in line or str(at.parent) in line), line
-        shutil.copy(smoke_run / file, at)
+        at = spoiled / file
+        assert all(w in line for w in words) and (str(at) in line or str(at.parent) in line) and "delete" in line, line
+        for name in {file, f"{at.parent.name}/done.json"} if at.parent != spoiled else {file}: shutil.copy(smoke_run / name, spoiled / name)
+
+    @pytest.mark.parametrize("file, spoil, verb, words", DAMAGE)
+    def test_by_its_seal(self, capsys, smoke_run, spoiled, file, spoil, verb, words):
+        spoil(spoiled / file)
+        stage, name = file.split("/")
+        self.refused(capsys, smoke_run, spoiled, file, verb, [name, f"put the file back, or delete {spoiled / stage}"])
+
+    @pytest.mark.parametrize("file, spoil, verb, words", DAMAGE)
+    def test_by_what_is_in_it(self, capsys, smoke_run, spoiled, file, spoil, verb, words):
+        "Whoever changes a file can change its seal."
+        spoil(at := spoiled / file)
+        if at.is_file():
+            record = at.with_name("done.json")
+            edit_json(record, files=json.loads(record.read_text())["files"] | {at.name: files.digest(at)})
+        self.refused(capsys, smoke_run, spoiled, file, verb, words)
+
+    @pytest.mark.parametrize("file, spoil, verb, words", [
+        ("report.json", lambda f: f.write_text("{"), "run", ["not what this run wrote", "delete it"]),
+        ("preferences/done.json", lambda f: edit_json(f, uses=dict(seed=5)), "reward", ["preferences", "other settings"]),
+        ("preferences/done.json", lambda f: edit_json(f, files=3), "reward", ["no list of the stage's files"])])
+    def test_records(self, capsys, smoke_run, spoiled, file, spoil, verb, words):
+        spoil(spoiled / file)
+        self.refused(capsys, smoke_run, spoiled, file, verb, words)
 
     def test_and_afterwards_it_is_whole(self, smoke_run, spoiled):
         "None of the refusals changed anything else."
-        a, b = ({k: v for k, v in tree(f).items() if "begun" not in k} for f in (smoke_run, spoiled))
-        assert a == b
+        assert tree(smoke_run) == tree(spoiled)
 
 
 def test_the_corpus_is_large():

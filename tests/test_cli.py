@@ -180,20 +180,22 @@ class TestRun:
     def test_the_same_command_again_does_nothing(self, smoke_run, tmp_path, capsys, monkeypatch):
         shutil.copytree(smoke_run, tmp_path / "run")
         def never(*a, **k): raise AssertionError("computed again")
-        for module, name in ((sft, "fit"), (ppo, "train_ppo"), (ppo, "sample")): monkeypatch.setattr(module, name, never)
+        for module, name in ((sft, "fit"), (ppo, "train_ppo"), (ppo, "try_sample")): monkeypatch.setattr(module, name, never)
         assert main(["run", "--scale", "smoke", "--out", str(tmp_path / "run")]) == 0
         assert "chair_i" in capsys.readouterr().out
         assert (tmp_path / "run" / "report.json").read_bytes() == (smoke_run / "report.json").read_bytes()
 
     def test_run_after_evaluate(self, smoke_run, tmp_path, monkeypatch):
-        "`vlmrlhf evaluate` writes the report without the part about the run; `vlmrlhf run` must cope."
+        "`vlmrlhf evaluate` writes the report without what the run has cost; `vlmrlhf run` reads it, and computes nothing again."
         from vlmrlhf_course import evaluate
         shutil.copytree(smoke_run, tmp_path / "run")
         report = json.loads((smoke_run / "report.json").read_text())
-        without = {k: v for k, v in report.items() if k != "run"}
-        def evaluate_stage(run): runs.write_text(run.folder / "report.json", json.dumps(without)); return dict(without)
-        monkeypatch.setattr(evaluate, "evaluate_stage", evaluate_stage)
-        for verb in ("evaluate", "run"): assert main([verb, "--scale", "smoke", "--out", str(tmp_path / "run")]) == 0
+        argv = ["--scale", "smoke", "--out", str(tmp_path / "run")]
+        assert main(["evaluate", *argv]) == 0
+        without = json.loads((tmp_path / "run" / "report.json").read_text())
+        assert without == {k: v for k, v in report.items() if k != "run"}
+        monkeypatch.setattr(evaluate, "evaluate_stage", lambda *a: pytest.fail("evaluated again"))
+        assert main(["run", *argv]) == 0
 
 
 # --- resumption and repeatability -----------------------------------------------------------------------------------
@@ -309,7 +311,10 @@ def test_arms_end_with_the_run(tmp_path):
 def test_arms_are_started_so(tmp_path, monkeypatch):
     "What the arm needs to see its parent die; and every option of the run."
     started = []
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **how: started.append((command, how)))
+    class Silent:
+        stderr = ()
+        def __init__(self, command, **how): started.append((command, how))
+    monkeypatch.setattr(subprocess, "Popen", Silent)
     args = build_parser().parse_args(["run", "--scale", "smoke", "--skip-bad", "--threads", "3", "--set", "ppo.clip=.1", "ppo.beta=.2"])
     cli._start_arm(runs.Run(tmp_path, "smoke", seed=4), args, "gold")
     (command, how), = started

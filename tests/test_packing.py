@@ -272,7 +272,7 @@ def test_a_run_samples_each_prompt_as_often_as_asked(tmp_path, monkeypatch):
     def watched(vlm, prompts, *args, own=sample, **kwargs):
         drawn.append([p.image for p in prompts])
         return own(vlm, prompts, *args, **kwargs)
-    monkeypatch.setattr("vlmrlhf_course.ppo.sample", watched)
+    monkeypatch.setattr("vlmrlhf_course.rollout.sample", watched)
     monkeypatch.setattr(VLM, "answer_states", lambda self, batch, role=None, own=VLM.answer_states: read.append(batch.asked.tolist()) or own(self, batch, role))
     before = copy.deepcopy({n: p.detach() for n, p in policy.named_parameters() if p.requires_grad})
     train_ppo(policy, rm, pool, pool[:2], cfg, tmp_path)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import vlmrlhf_course.runs as runs_module
+from vlmrlhf_course import files
 from vlmrlhf_course.runs import (Checkpoints, MetricLog, Run, Settings, StepGuard, UserError, build_config, course_run, load_layers,
                                  load_settings, make_accelerator, nearest, read_jsonl, scales, write_jsonl, write_text)
 from vlmrlhf_course.sft import FitConfig, fit
@@ -138,14 +139,24 @@ class TestStages:
         assert not run.done("stage", dict(seed=0, s=dict(a=1)))
         assert not (tmp_path / "stage" / "done.json").exists()
 
-    def test_finish_sweeps(self, tmp_path):
+    def test_finish_sweeps_what_is_its_own(self, tmp_path):
+        "Its checkpoints, and what a crash left half-written; not what only has such a name."
         run, uses = Run(tmp_path, "smoke"), dict(seed=0)
         run.done("stage", uses)
-        for file in ("checkpoints/step-1/model.bin", "fit/checkpoints/.part-2/model.bin", ".part-language/config.json", ".metrics.jsonl.4711", "result.json", ".mine"):
-            (tmp_path / "stage" / file).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / "stage" / file).write_text("x")
+        for folder in ("checkpoints/step-1", "fit-a/checkpoints/step-7"):
+            (tmp_path / "stage" / folder).mkdir(parents=True)
+            (tmp_path / "stage" / folder / "model.bin").write_text("x")
+            files.seal(tmp_path / "stage" / folder)
+        for folder in (".part-language-abc", "fit-a/checkpoints/.part-step-8-abc"):
+            (tmp_path / "stage" / folder).mkdir()
+            (tmp_path / "stage" / folder / files.MARK).touch()
+        foreign = ["checkpoints/step-2/model.bin", "fit-a/checkpoints/step-7/notes.txt", "fit-b/checkpoints/.part-2/x", ".metrics.jsonl.4711", "result.json", ".mine"]
+        for name in foreign:
+            (tmp_path / "stage" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "stage" / name).write_text("x")
         run.finish("stage", uses)
-        assert sorted(f.name for f in (tmp_path / "stage").rglob("*")) == [".mine", "done.json", "fit", "result.json"]
+        left = sorted(str(f.relative_to(tmp_path / "stage")) for f in (tmp_path / "stage").rglob("*") if f.is_file())
+        assert left == sorted(["done.json", *foreign])
 
     def test_two_processes_take_turns(self, tmp_path, capfd):
         "The second one waits for the first, says so, and finds its work done."
@@ -249,8 +260,7 @@ class TestCheckpoints:
         torch.manual_seed(0)
         accelerator, net, counter = make_accelerator(), nn.Linear(2, 2), Counter()
         net, opt = accelerator.prepare(net, torch.optim.AdamW(net.parameters(), lr=.1))
-        accelerator.register_for_checkpointing(counter)
-        return Checkpoints(folder, accelerator, keep), net, opt, counter
+        return Checkpoints(folder, accelerator, keep, (counter,)), net, opt, counter
 
     def step(self, net, opt, counter):
         net(torch.ones(1, 2)).pow(2).sum().backward(); opt.step(); opt.zero_grad()
@@ -387,10 +397,11 @@ class TestStepGuard:
 
 def test_one_process_sweeps(tmp_path, monkeypatch):
     "Two that remove the same tree trip over each other."
-    (tmp_path / "fit" / "checkpoints" / "step-3").mkdir(parents=True)
-    monkeypatch.setattr(runs_module, "is_main", lambda: False)
-    runs_module.sweep(tmp_path)
-    assert (tmp_path / "fit" / "checkpoints" / "step-3").is_dir()
-    monkeypatch.setattr(runs_module, "is_main", lambda: True)
-    runs_module.sweep(tmp_path)
+    (tmp_path / "fit" / ".part-3").mkdir(parents=True)
+    (tmp_path / "fit" / ".part-3" / files.MARK).touch()
+    monkeypatch.setattr(files, "is_main", lambda: False)
+    files.sweep(tmp_path)
+    assert (tmp_path / "fit" / ".part-3").is_dir()
+    monkeypatch.setattr(files, "is_main", lambda: True)
+    files.sweep(tmp_path)
     assert not list((tmp_path / "fit").iterdir())

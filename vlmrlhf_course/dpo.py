@@ -7,14 +7,13 @@ __all__ = ['implicit_reward', 'dpo_loss', 'DPOConfig', 'DPOTask', 'train_dpo', '
 
 # %% ../nbs/12_dpo.ipynb #imports
 import random
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from safetensors.torch import load_file, save_file
 from .preferences import preferences_stage
 from .reward import group_pairs
-from .runs import Run
+from .runs import Run, digest_of, load_tensors, notice, save_tensors
 from .sft import FitConfig, fit, sft_stage
 from .vlm import VLM, Batch, LoRAConfig, token_logprobs
 from .world import Prompt
@@ -91,18 +90,21 @@ def train_dpo(vlm: VLM, pairs: list[dict], cfg: DPOConfig, folder, seed: int = 0
     size, steps = cfg.fit.batch, max(1, round(cfg.epochs * len(groups) / cfg.fit.batch))
     def order(epoch): return random.Random(f"dpo/{seed}/{epoch}").sample(groups, len(groups))
     def items_at(step): return [order(k // len(groups))[k % len(groups)] for k in range(step * size, (step + 1) * size)]
-    fit(DPOTask(vlm, cfg.beta), items_at, replace(cfg.fit, steps=steps), folder, "DPO")
+    of = digest_of(["dpo", seed, asdict(cfg), pairs])
+    fit(DPOTask(vlm, cfg.beta), items_at, replace(cfg.fit, steps=steps), folder, "DPO", clear=False, seed=seed, of=of)
     return vlm
 
 
 def dpo_stage(run: Run, name: str = "dpo") -> VLM:
     "The DPO policy of a run, trained if it is not there yet. It speaks in the role `dpo`."
     cfg, (train, _), vlm = run.section(name, DPOConfig, base="dpo"), preferences_stage(run), sft_stage(run)
-    uses, folder = {k: run.used[k] for k in ("seed", "world", "sft", "preferences", name)}, run.path(name)
+    uses, file = run.uses("world", "sft", "preferences", name), run.path(name) / "dpo.safetensors"
+    of = digest_of([name, uses])
+    if cfg.lora.dropout: notice(f"{name}.lora.dropout is not used: DPO compares policy and reference answer by answer, without noise")
     if not run.done(name, uses):
-        train_dpo(vlm, train, cfg, folder, run.seed)
-        save_file({k: v.contiguous() for k, v in vlm.role_state("dpo").items()}, folder / "dpo.safetensors")
-        run.finish(name, uses)
+        train_dpo(vlm, train, cfg, file.parent, run.seed)
+        save_tensors(vlm.role_state("dpo"), file, of)
+        run.finish(name, uses, (file.name, "metrics.jsonl"))
     else: vlm.add_role("dpo", cfg.lora)
-    vlm.load_role("dpo", load_file(folder / "dpo.safetensors"))
+    load_tensors(file, lambda weights: vlm.load_role("dpo", weights), of)
     return vlm

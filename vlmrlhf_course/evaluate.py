@@ -6,7 +6,7 @@
 __all__ = ['ARMS', 'NAMES', 'COLUMNS', 'STYLE', 'bootstrap_interval', 'EvaluateConfig', 'detail_prompts', 'figures', 'speak',
            'speak_greedily', 'best_of_n', 'false_words', 'mark_html', 'before_after_figure', 'png',
            'over_optimisation_figure', 'training_figure', 'evaluate_run', 'text_table', 'first_false', 'scene_uri',
-           'report_html', 'evaluate_stage']
+           'report_html', 'curve', 'figures_digest', 'finished_report', 'begin_evaluation', 'evaluate_stage']
 
 # %% ../nbs/11_evaluate.ipynb #imports
 import base64
@@ -14,6 +14,7 @@ import html
 import io
 import json
 import math
+import os
 from dataclasses import dataclass
 import torch
 from matplotlib.figure import Figure
@@ -23,7 +24,8 @@ from .ppo import ppo_stage
 from .preferences import true_score
 from .reward import RewardModel, reward_stage, score_texts
 from .rollout import sample, texts
-from .runs import Run, check_ranges, progress, read_jsonl, seed_of, write_text
+from .runs import (Run, UserError, check_ranges, digest, digest_of, notice, progress, read_jsonl, read_record, read_text, same_settings,
+                   seed_of)
 from .sft import sft_stage
 from .vlm import VLM, answer, token_logprobs
 from .world import Prompt, Scene, WorldConfig, draw, judge, sample_scenes, summarise
@@ -70,8 +72,11 @@ def figures(
     false, said = (torch.tensor(x) for x in zip(*((len(v.false_objects), v.mentions) for v in verdicts)))
     low, high = bootstrap_interval(false, said)
     out = summarise(verdicts) | dict(chair_i_low=low, chair_i_high=high, kl=kl)
-    return out | dict(overall=overall_rate(out), reward=float(score_texts(rm, prompts, answers).mean()),
-                      true_score=sum(map(true_score, prompts, answers)) / len(answers))
+    out |= dict(overall=overall_rate(out), reward=float(score_texts(rm, prompts, answers).mean()),
+                true_score=sum(map(true_score, prompts, answers)) / len(answers))
+    bad = [name for name, value in out.items() if not math.isfinite(value)]
+    if bad: raise UserError(f"a policy's {bad[0]} is {out[bad[0]]}: its weights have left the numbers; lower the learning rate of its stage")
+    return out
 
 # %% ../nbs/11_evaluate.ipynb #speak
 @torch.no_grad()
@@ -238,8 +243,10 @@ def text_table(result: dict) -> str:
 
 
 def first_false(said: list[str], scenes: list[Scene], n: int) -> list[int]:
-    "The first pictures about which a model names something false. (Its worst ones would be the hard ones: hard for every model.)"
-    return [i for i, (text, scene) in enumerate(zip(said, scenes)) if judge(text, scene).false_objects][:n]
+    "The first pictures about which a model names something false, or, where it never does, just the first ones."
+    # Its worst ones would be the hard ones: hard for every model.
+    false = [i for i, (text, scene) in enumerate(zip(said, scenes)) if judge(text, scene).false_objects]
+    return (false or list(range(len(scenes))))[:n]
 
 # %% ../nbs/11_evaluate.ipynb #html
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}table{border-collapse:collapse;font-size:13px}
@@ -271,19 +278,69 @@ def report_html(result: dict, said: dict[str, list[str]], scenes: list[Scene], p
 <h2>What the models say (false words marked)</h2>{cards}{images}<h2>All figures</h2><pre>{html.escape(json.dumps(result, indent=1))}</pre>"""
 
 # %% ../nbs/11_evaluate.ipynb #stage
-def evaluate_stage(run: Run) -> dict:
+def curve(file) -> list[dict]:
+    "Rows of a metric log that can be drawn: without the iterations that could not sample."
+    keys = ("step", "kl", "reward", "true_score")
+    return [r for r in read_jsonl(file, keys) if all(math.isfinite(r[k]) for k in keys)]
+
+
+def figures_digest(report: dict) -> str:
+    "What must not change in a report: all but what the run itself cost."
+    return digest_of({k: v for k, v in report.items() if k != "run"})
+
+
+def finished_report(run: Run, uses: dict) -> dict:
+    "The report of a finished evaluation; {} where there is none, or it lost a file. Raises UserError where one is not what was written."
+    record = run.path("evaluate") / "done.json"
+    if not record.is_file() or not same_settings(record, uses): return {}
+    lost = [f for f in (run.folder / name for name in ("report.json", "report.html", "before_after.png")) if not os.path.lexists(f)]
+    if lost:
+        notice(f"{lost[0]} is gone: made again")
+        return {}
+    run.whole("evaluate")
+    file, info = run.folder / "report.json", run.info("evaluate")
+    try: report = json.loads(read_text(file))
+    except (OSError, ValueError, RecursionError): report = None
+    if not isinstance(report, dict) or figures_digest(report) != info.get("figures"):
+        raise UserError(f"{file}: not what this run wrote; move it away, or delete it, and it is made again")
+    return report
+
+
+def begin_evaluation(run: Run, uses: dict):
+    "Begin the evaluation, also where it was done before: what of its files is still as it was written may be written over."
+    record, files = run.path("evaluate") / "done.json", {}
+    if record.is_file():
+        info, report = read_record(record), run.folder / "report.json"
+        sums = info.get("files")
+        files = {name: [was] for name, was in (sums if isinstance(sums, dict) else {}).items()}
+        try: known = figures_digest(json.loads(read_text(report))) == info.get("figures")
+        except (OSError, ValueError, AttributeError, RecursionError): known = False
+        if known: files["../report.json"] = [digest(report)]
+    run.begin("evaluate", uses, files)
+
+
+def evaluate_stage(
+    run: Run,
+    more=dict,   # () → what `report.json` is to hold besides: what the run has cost
+) -> dict:
     "Evaluate a run and write `report.json` and `report.html` into its folder; makes the stages before where they are missing."
     cfg = run.section("evaluate", EvaluateConfig)
     arms = [*ARMS, "hacked"]
     for arm in arms: ppo_stage(run, arm)
-    curves = {arm: read_jsonl(run.path(arm) / "metrics.jsonl", ("step", "kl", "reward", "true_score")) for arm in arms}
+    curves = {arm: curve(run.path(arm) / "metrics.jsonl") for arm in arms}
+    uses = dict(run.used)
+    begin_evaluation(run, uses)
     result, said, scenes = evaluate_run(run, cfg)
     shown = first_false(said["sft"], scenes, 3)
     three = before_after_figure([scenes[i] for i in shown], {f"{NAMES[k]}:": [said[k][i] for i in shown] for k in ("sft", "ppo")})
-    three.savefig(run.folder / "before_after.png", dpi=100, bbox_inches="tight")
+    picture = io.BytesIO()
+    three.savefig(picture, format="png", dpi=100, bbox_inches="tight")
     plots = {"Over-optimisation": over_optimisation_figure(curves["hacked"]), "Training": training_figure({a: curves[a] for a in ARMS})}
     ends = {k: [r[k] for r in curves["hacked"]] for k in ("kl", "reward", "true_score")}
     result["over_optimisation"] = ends
-    write_text(run.folder / "report.html", report_html(result, said, scenes, plots, cfg.samples))
-    write_text(run.folder / "report.json", json.dumps(result, indent=1))
+    page = report_html(result, said, scenes, plots, cfg.samples)
+    result |= more()
+    for name, data in (("before_after.png", picture.getvalue()), ("report.html", page.encode()), ("report.json", json.dumps(result, indent=1).encode())):
+        run.write(run.folder / name, data, "evaluate")
+    run.finish("evaluate", uses, ("../before_after.png", "../report.html"), figures=figures_digest(result))
     return result

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MAX_EMERGENCIES', 'ppo_policy_loss', 'value_loss', 'PPOConfig', 'check_ppo', 'ActorCritic', 'phase', 'answer_scores',
-           'Experience', 'answer_figures', 'read_answers', 'make_experience', 'PPOTask', 'ppo_optimizer', 'PPOState',
+           'Experience', 'read_answers', 'make_experience', 'PPOTask', 'ppo_optimizer', 'PPOState', 'collect',
            'validate', 'shares', 'minibatches', 'train_ppo', 'ppo_stage']
 
 # %% ../nbs/10_ppo.ipynb #imports
 import random
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import torch
 from torch import nn
@@ -18,9 +18,9 @@ from .hallucination import PenaltyConfig, penalty
 from .kl import CONTROLLERS, kl_estimate
 from .preferences import sample_prompts, true_score
 from .reward import RewardModel, reward_stage
-from .rollout import Rollout, length_groups, merged, plan_prompts, prompt_lengths, sample, texts
-from .runs import (Checkpoints, MetricLog, Run, StepGuard, UserError, check_choices, check_mixture, check_ranges, load_tensors,
-                                 make_accelerator, mean_of, progress, save_tensors, seed_of)
+from .rollout import Rollout, answer_figures, length_groups, merged, plan_prompts, prompt_lengths, texts, try_sample
+from .runs import (Checkpoints, MetricLog, Run, StepGuard, UserError, check_choices, check_mixture, check_ranges, digest_of,
+                   load_tensors, make_accelerator, mean_of, notice, progress, save_tensors, seed_of)
 from .sft import backward_through, warmup_cosine
 from .vlm import VLM, Batch, LoRAConfig, masked_mean, token_logprobs
 from .world import KINDS, Prompt, WorldConfig, judge
@@ -184,20 +184,6 @@ class Experience:
     returns: torch.Tensor
     states: torch.Tensor | None   # (B, A+1, H) for the critic's head, where it reads the reward model's
 
-
-def answer_figures(
-    roll: Rollout,
-    ref: torch.Tensor,    # (B, A) log-probabilities under the reference
-) -> dict[str, float]:    # KL per answer (mean, max) and per token in nats (k3), length, share of different tokens, perplexity
-    "What to watch in sampled answers, from what sampling kept: no further forward pass."
-    mask = roll.batch.answer_mask
-    kl = (kl_estimate(roll.logprobs, ref, "k3") * mask).sum(1)
-    tokens = roll.batch.answers.masked_fill(~mask, -1).sort(1).values
-    different = ((tokens[:, 1:] != tokens[:, :-1]) & (tokens[:, 1:] >= 0)).sum(1) + (tokens[:, 0] >= 0)
-    lengths = mask.sum(1)
-    return dict(kl=float(kl.mean()), kl_max=float(kl.max()), kl_token=float(kl.sum() / mask.sum()), length=float(lengths.float().mean()),
-                unique=float((different / lengths.clamp(min=1)).mean()), perplexity=float(masked_mean(-roll.logprobs, mask).exp()))
-
 # %% ../nbs/10_ppo.ipynb #read
 @torch.no_grad()
 def read_answers(policy: ActorCritic, rm: RewardModel, roll: Rollout, cfg: PPOConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:   # (B, A), (B, A+1, H), (B, A+1); zeros where an answer has no token
@@ -302,7 +288,7 @@ class PPOState:
         self.control.beta = min(10., self.control.beta * 3)
         self.emergencies += 1
         if self.emergencies > MAX_EMERGENCIES:
-            raise UserError(f"KL {kl:.1f} was above kl_emergency={cfg.kl_emergency:g} {self.emergencies} times in spite of rollbacks: "
+            raise UserError(f"KL {kl:.1f} was not below kl_emergency={cfg.kl_emergency:g} {self.emergencies} times in spite of rollbacks: "
                             f"lower actor_lr ({cfg.actor_lr:g}), raise beta, or check that reward model and prompts belong together")
         return True
 
@@ -315,10 +301,18 @@ class PPOState:
         self.good, self.best_weights = s["good"], s["best_weights"]
 
 # %% ../nbs/10_ppo.ipynb #loop-parts
+def collect(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], cfg: PPOConfig, beta: float, step: int, seed: int, reduce=lambda x: x):
+    "Sample, and make experience of it; None, and figures that are no numbers, where no answer can be sampled any more."
+    roll = try_sample(policy.vlm, prompts, "actor", cfg.temperature, cfg.max_new_tokens, seed, reduce=reduce)
+    if roll is None: return None, dict.fromkeys(("kl", "reward", "true_score"), float("nan"))
+    return make_experience(policy, rm, roll, cfg, beta, step, reduce)
+
+
 @torch.no_grad()
 def validate(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], cfg: PPOConfig, beta: float) -> float:
     "Mean score minus its KL cost on validation prompts: what the run maximises, on pictures it does not train on."
-    roll = sample(policy.vlm, prompts, "actor", cfg.temperature, cfg.max_new_tokens, seed=1)
+    roll = try_sample(policy.vlm, prompts, "actor", cfg.temperature, cfg.max_new_tokens, 1)
+    if roll is None: return float("nan")
     ref, states, _ = read_answers(policy, rm, roll, cfg)
     score, _ = answer_scores(rm, roll, cfg, states=states)
     return float((score - beta * (kl_estimate(roll.logprobs, ref, "k3") * roll.batch.answer_mask).sum(1)).mean())
@@ -347,23 +341,24 @@ def train_ppo(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], valid
     rank, world = shares(cfg, accelerator)
     task, optimizer = accelerator.prepare(PPOTask(policy, cfg), ppo_optimizer(policy, cfg))
     state, guard = PPOState(policy, cfg), StepGuard(accelerator, folder.name)
-    accelerator.register_for_checkpointing(state, guard)
-    start = (saved := Checkpoints(folder / "checkpoints", accelerator)).load()
-    log = MetricLog(folder, start, accelerator.is_main_process)
+    of = digest_of(["ppo", folder.name, seed, asdict(cfg), [(p.image, p.text) for p in prompts]])
+    saved = Checkpoints(folder / "checkpoints", accelerator, objects=(state, guard), of=of)
+    start = saved.load()
+    log = MetricLog(folder, start, accelerator.is_main_process, saved.metrics)
+    def add_up(x): return accelerator.reduce(x, "sum")
     for step in progress(range(start, cfg.iterations), folder.name):
         name, lr, kl_factor = phase(step, cfg)
         for group, rate in zip(optimizer.param_groups, (cfg.actor_lr * lr, cfg.critic_lr)): group["lr"] = rate * state.lr_scale
 
         drawn = plan_prompts(prompts, cfg.answers // cfg.answers_per_prompt, random.Random(f"ppo/{seed}/{step}"))[rank::world]
         batch = [p for p in drawn for _ in range(cfg.answers_per_prompt)]
-        roll = sample(policy.vlm, batch, "actor", cfg.temperature, cfg.max_new_tokens, seed_of(seed, step, rank))
-        exp, info = make_experience(policy, rm, roll, cfg, state.control.beta * kl_factor, step, lambda x: accelerator.reduce(x, "sum"))
+        exp, info = collect(policy, rm, batch, cfg, state.control.beta * kl_factor, step, seed_of(seed, step, rank), add_up)
 
         kl = float(accelerator.reduce(torch.tensor(info["kl"], device=accelerator.device), "mean"))
         emergency = state.after(kl, cfg, control=name != "warm-up")   # KL is still near 0 there: β would only be given away
         if emergency: optimizer.state.clear()                         # Adam's moments point where the weights came from
         updates = []
-        for rows in () if emergency else minibatches(roll.batch.lengths, cfg, f"{seed}/{step}", world, roll.batch.asked):
+        for rows in () if emergency else minibatches(exp.batch.lengths, cfg, f"{seed}/{step}", world, exp.batch.asked):
             loss, metrics = backward_through(task, [(exp, i) for i in rows], cfg.at_once, accelerator, shard=False)
             norm = float(accelerator.clip_grad_norm_(state.params, cfg.grad_clip))
             if guard(step, loss, norm):
@@ -375,7 +370,7 @@ def train_ppo(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], valid
             info["validation"] = validate(policy, rm, validation, cfg, cfg.beta)
             if info["validation"] > state.best: state.best, state.best_weights = info["validation"], state.snapshot()
         log(step, phase=name, beta=state.control.beta, emergency=emergency, skipped=guard.skipped, **info, **mean_of(updates))
-        if (step + 1) % cfg.save_every == 0: saved.save(step + 1)
+        if (step + 1) % cfg.save_every == 0: saved.save(step + 1, log.rows)
     if cfg.keep == "best": state.restore(state.best_weights)
     log.close()   # the checkpoints go when the result is on the disk: `Run.finish`
     return state
@@ -385,7 +380,9 @@ def ppo_stage(run: Run, arm: str = "ppo") -> VLM:
     "The policy of an arm of a run (a section: `ppo`, `ppo_rm`, …), trained if it is not there yet. It speaks in the role `actor`."
     cfg, world, folder = run.section(arm, PPOConfig, base="ppo"), run.section("world", WorldConfig), run.path(arm)
     rm = reward_stage(run, cfg.reward_model)
-    uses = {k: run.used[k] for k in ("seed", "world", "sft", "preferences", cfg.reward_model, arm)}
+    uses, file = run.uses("world", "sft", "preferences", cfg.reward_model, arm), folder / "actor.safetensors"
+    of = digest_of([arm, uses])
+    if cfg.lora.dropout: notice(f"{arm}.lora.dropout is not used: PPO's ratio compares two passes of one policy, without noise")
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
         policy = ActorCritic(rm, cfg)
@@ -394,7 +391,7 @@ def ppo_stage(run: Run, arm: str = "ppo") -> VLM:
         prompts = sample_prompts(cfg.pool, "train", cfg.kinds, f"ppo/{run.seed}", world)
         validation = sample_prompts(128, "validation", cfg.kinds, f"ppo/{run.seed}", world)
         state = train_ppo(policy, rm, prompts, validation, cfg, folder, run.seed)
-        save_tensors(rm.vlm.role_state("actor"), folder / "actor.safetensors")
-        run.finish(arm, uses, emergencies=state.emergencies, best=state.best)
-    load_tensors(folder / "actor.safetensors", lambda weights: rm.vlm.load_role("actor", weights))
+        save_tensors(rm.vlm.role_state("actor"), file, of)
+        run.finish(arm, uses, (file.name, "metrics.jsonl"), emergencies=state.emergencies, best=state.best)
+    load_tensors(file, lambda weights: rm.vlm.load_role("actor", weights), of)
     return rm.vlm

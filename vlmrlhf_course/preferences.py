@@ -6,16 +6,16 @@
 __all__ = ['WEIGHTS', 'POSITIONS', 'similarity', 'dedupe', 'most_diverse', 'rubric', 'true_score', 'tie_break', 'annotate',
            'cohen_kappa', 'fleiss_kappa', 'pairwise_votes', 'ranking_pairs', 'balance', 'doctor', 'PreferencesConfig',
            'sample_prompts', 'sample_candidates', 'label', 'pair_rows', 'pair_fault', 'load_pairs', 'preferences_stage',
-           'length_bias', 'unsafe_claims']
+           'check_edited', 'length_bias', 'unsafe_claims']
 
 # %% ../nbs/04_preferences.ipynb #imports
 import functools
 import itertools
-import math
+import json
 import random
 from collections import Counter
-from dataclasses import dataclass, field
-from .runs import Run, UserError, check_mixture, check_ranges, progress, read_jsonl, write_jsonl
+from dataclasses import asdict, dataclass, field
+from .runs import Run, UserError, check_mixture, check_ranges, jsonl, notice, progress, read_jsonl
 from .sft import sft_stage
 from .vlm import VLM, answer
 from .world import KINDS, Prompt, Scene, WorldConfig, judge, make_prompt, open_image, parse_claims, parse_scene, sample_scenes
@@ -144,6 +144,7 @@ def fleiss_kappa(
     counts: list[list[int]],  # (items, categories): how many raters chose each category; equal sums
 ) -> float:                   # 1 full agreement, 0 as by chance
     "Agreement of several raters beyond chance. Source: Fleiss 1971, eq. 4–7."
+    if not counts: raise ValueError("no item was rated twice, so nobody could agree or disagree")
     n, raters = len(counts), sum(counts[0])
     share = [sum(row[j] for row in counts) / (n * raters) for j in range(len(counts[0]))]
     agree = sum((sum(c * c for c in row) - raters) / (raters * (raters - 1)) for row in counts) / n
@@ -192,7 +193,7 @@ def doctor(row: dict) -> str | None:
     if row["chosen"].split() == row["rejected"].split(): return "chosen equals rejected"
     if not row["chosen"].rstrip().endswith((".", "!", "?")): return "chosen is cut off"
     weight = row.get("weight", 1)
-    if not isinstance(weight, (int, float)) or not math.isfinite(weight): return "weight is not a finite number"
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) <= 1e9: return "weight is not a finite number"
     if weight <= 0: return "weight is not positive"
     return None
 
@@ -307,20 +308,36 @@ def preferences_stage(run: Run) -> tuple[list[dict], list[dict]]:
     "Pairs for training and for validation, made if they are not there yet."
     cfg, world = run.section("preferences", PreferencesConfig), run.section("world", WorldConfig)
     vlm = sft_stage(run)
-    uses, folder = {k: run.used[k] for k in ("seed", "world", "sft", "preferences")}, run.path("preferences")
+    uses, folder = run.uses("world", "sft", "preferences") | {"preferences": asdict(cfg)}, run.path("preferences")
     if not run.done("preferences", uses):
         info = {}
         for split, n in (("train", cfg.prompts), ("validation", cfg.validation)):
             prompts = sample_prompts(n, split, cfg.kinds, f"preferences/{run.seed}", world)
             rows = label(prompts, sample_candidates(vlm, prompts, cfg, run.seed), cfg, run.seed)
             votes = [v for r in rows for v in pairwise_votes(r["rankings"])]
+            if not votes: raise UserError(f"{folder}: no prompt of {split} has two different answers; raise preferences.temperatures or samples, "
+                                          "or lower max_similarity, and delete that folder")
             info[split] = dict(kappa=fleiss_kappa(votes), candidates=sum(len(r["answers"]) for r in rows) / len(rows))
             pairs = pair_rows(rows, cfg.min_gap)
-            write_jsonl(folder / f"candidates-{split}.jsonl", rows)
-            write_jsonl(folder / f"{split}.jsonl", balance(pairs, most=cfg.balance) if cfg.balance else pairs)
-        run.finish("preferences", uses, **info)
+            for name, records in ((f"candidates-{split}", rows), (split, balance(pairs, most=cfg.balance) if cfg.balance else pairs)):
+                run.write(folder / f"{name}.jsonl", jsonl(records).encode(), "preferences")
+        run.finish("preferences", uses, ("candidates-train.jsonl", "candidates-validation.jsonl"), ("train.jsonl", "validation.jsonl"), **info)
     train, validation = (load_pairs(folder / f"{split}.jsonl", vlm, run.skipped) for split in ("train", "validation"))
+    if not run.skipped:   # which says that the file is not as it was
+        for name in run.edits("preferences").get("edited", ()): check_edited(folder, name)
     return train, validation
+
+
+def check_edited(folder, name: str):
+    "Say that a file of pairs was edited. Raises UserError where most of its pictures are none of the run's: it is another run's."
+    file, asked = folder / name, read_jsonl(folder / f"candidates-{name}", ("image", "prompt"))
+    ours = {json.dumps([r["image"], r["prompt"]]) for r in asked}
+    pairs = read_jsonl(file)
+    strange = sum(json.dumps([r.get("image"), r.get("prompt")]) not in ours for r in pairs if isinstance(r, dict))
+    if 2 * strange > len(pairs):
+        raise UserError(f"{file}: {strange} of {len(pairs)} pairs are about pictures that this run never asked about; is it another run's? "
+                        f"Put this run's file back, or delete {folder}, and the stage is made again")
+    notice(f"{file}: edited since it was made; what is trained on it counts as made with other settings")
 
 # %% ../nbs/04_preferences.ipynb #length
 def length_bias(

@@ -10,13 +10,13 @@ __all__ = ['THING', 'LABELS', 'MIXED', 'QUESTIONS', 'ROUNDS', 'patch_labels', 'T
 import hashlib
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration, SiglipVisionModel
-from .runs import read_jsonl, save_folder, sweep, write_text
+from .runs import RUN, claim, clear_checkpoints, digest_of, read_jsonl, save_folder, whole, write_known
 from .sft import FitConfig, SFTTask, careless, fit
 from .vlm import VLM, VLMConfig, build_model, build_processor
 from .world import COLOURS, NOUNS, RELATIONS, SIZES, Prompt, Scene, WorldConfig, draw, make_prompt, sample_scenes
@@ -126,23 +126,26 @@ def pretrain(
     "Make the pretrained parts: probe the tower, train the language model on what it sees, keep both, drop the projector."
     torch.manual_seed(seed)
     folder = Path(folder)
+    of = digest_of(["pretrain", seed, asdict(cfg), asdict(model)])
+    claim(folder)
     vlm = VLM(build_model(model), build_processor(model))
-    if not (folder / "tower" / "config.json").is_file():
+    if not whole(folder / "tower", of):
         fit(TowerTask(vlm, sample_scenes(cfg.tower_scenes)), tower_items(cfg.tower_scenes, cfg.tower.batch), cfg.tower,
-            folder / "fit-tower", "tower", clear=False)
-        save_folder(folder / "tower", vlm.tower.save_pretrained)
-        sweep(folder / "fit-tower")   # its checkpoints, now that the result is on the disk
+            folder / "fit-tower", "tower", clear=False, seed=seed, of=f"{of} tower")
+        save_folder(folder / "tower", vlm.tower.save_pretrained, of=of)
+        clear_checkpoints(folder / "fit-tower")   # now that the result is on the disk
     vlm.tower.load_state_dict(SiglipVisionModel.from_pretrained(folder / "tower").state_dict())
     vlm.tower.requires_grad_(False)
     scenes = sample_scenes(cfg.scenes)
     rounds = (("language", cfg.language, MIXED, None), ("questions", cfg.questions, QUESTIONS, None), ("captions", cfg.captions, MIXED, cfg.sloppy))
     for name, stage, kinds, sloppy in rounds:
-        if not (folder / f"after-{name}" / "config.json").is_file():
-            fit(SFTTask(vlm), language_items(scenes, stage.batch, kinds, sloppy), stage, folder / f"fit-{name}", name, clear=False)
-            save_folder(folder / f"after-{name}", vlm.model.save_pretrained)
-            sweep(folder / f"fit-{name}")
+        if not whole(folder / f"after-{name}", f"{of} {name}"):
+            items = language_items(scenes, stage.batch, kinds, sloppy)
+            fit(SFTTask(vlm), items, stage, folder / f"fit-{name}", name, clear=False, seed=seed, of=f"{of} {name}")
+            save_folder(folder / f"after-{name}", vlm.model.save_pretrained, of=f"{of} {name}")
+            clear_checkpoints(folder / f"fit-{name}")
         vlm.model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(folder / f"after-{name}").state_dict())
     language = LlamaForCausalLM(vlm.language.config)
     language.model.load_state_dict(vlm.language.state_dict()), language.lm_head.load_state_dict(vlm.model.lm_head.state_dict())
-    save_folder(folder / "language", language.save_pretrained)
-    write_text(folder / "record.json", json.dumps(record(folder), indent=1) + "\n")
+    save_folder(folder / "language", language.save_pretrained, of=of)
+    write_known(folder / RUN, folder / "record.json", (json.dumps(record(folder), indent=1) + "\n").encode())

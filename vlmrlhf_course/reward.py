@@ -10,12 +10,12 @@ __all__ = ['last_real', 'ScoreHead', 'bt_loss', 'RewardConfig', 'RewardModel', '
 
 # %% ../nbs/05_reward.ipynb #imports
 import random
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
 from .preferences import preferences_stage
-from .runs import Run, check_choices, check_ranges, load_tensors, save_tensors
+from .runs import Run, check_choices, check_ranges, digest_of, load_tensors, save_tensors
 from .sft import FitConfig, fit, sft_stage
 from .vlm import VLM, Batch, LoRAConfig
 from .world import Prompt
@@ -234,13 +234,16 @@ def train_reward(
         return [*order(epoch), *order(epoch + 1)][k:k + n]
     rm.shift.zero_(), rm.scale.fill_(1.)
     rm.train()
-    fit(RewardTask(rm), at, replace(cfg.fit, steps=steps), folder, "reward model", stop=watch, clear=False)
+    of = digest_of(["reward", seed, asdict(cfg), pairs])
+    fit(RewardTask(rm), at, replace(cfg.fit, steps=steps), folder, "reward model", stop=watch, clear=False, seed=seed, of=of)
     if watch and watch.best: rm.load(watch.best)
     rm.eval()
     rows = pairs[:2000]
     said = [r["chosen" if i % 2 else "rejected"] for i, r in enumerate(rows)]
     scores = score_texts(rm, [Prompt("", r["prompt"], "", r["image"]) for r in rows], said)
-    rm.shift.copy_(scores.mean()), rm.scale.copy_(scores.std())
+    spread = scores.std() if len(scores) > 1 else torch.zeros_like(rm.scale)
+    rm.shift.copy_(scores.mean())
+    rm.scale.copy_(spread if spread > 0 else torch.ones_like(spread))   # one answer, or all alike: there is no scale to take
     return rm.requires_grad_(False)
 
 # %% ../nbs/05_reward.ipynb #stage
@@ -254,7 +257,8 @@ def swap_pictures(rows: list[dict]) -> list[dict]:
 def reward_stage(run: Run, name: str = "reward") -> RewardModel:
     "The reward model of a run, trained if it is not there yet. `name` is its section and folder."
     cfg, (train, validation) = run.section(name, RewardConfig, base="reward"), preferences_stage(run)
-    uses, folder = {k: run.used[k] for k in ("seed", "world", "sft", "preferences", name)}, run.path(name)
+    uses, folder = run.uses("world", "sft", "preferences", name), run.path(name)
+    of, file = digest_of([name, run.seed, asdict(cfg), train]), folder / "reward.safetensors"
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
         rm = RewardModel(sft_stage(run), cfg)
@@ -263,9 +267,9 @@ def reward_stage(run: Run, name: str = "reward") -> RewardModel:
         info = dict(pair_accuracy=pair_accuracy(rm, validation), train=pair_accuracy(rm, train[:1000]),
                     image_ablated=pair_accuracy(rm, validation, "blank"), image_swapped=pair_accuracy(rm, swap_pictures(validation)),
                     text_ablated=pair_accuracy(rm, validation, prompt="."))
-        save_tensors(rm.state(), folder / "reward.safetensors")
-        run.finish(name, uses, **info)
-    load_tensors(folder / "reward.safetensors", rm.load)
+        save_tensors(rm.state(), file, of)
+        run.finish(name, uses, (file.name, "metrics.jsonl"), **info)
+    load_tensors(file, rm.load, of)
     return rm.requires_grad_(False)
 
 # %% ../nbs/05_reward.ipynb #segment

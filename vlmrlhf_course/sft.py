@@ -11,7 +11,7 @@ __all__ = ['careless', 'SFTTask', 'warmup_cosine', 'FitConfig', 'backward_throug
 import math
 import random
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, variance
@@ -19,7 +19,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
-from .runs import Checkpoints, MetricLog, Run, StepGuard, check_mixture, check_ranges, load_model, make_accelerator, progress, sweep
+from .runs import (Checkpoints, MetricLog, Run, StepGuard, check_mixture, check_ranges, clear_checkpoints, digest_of, drawing, load_model,
+                   make_accelerator, progress, seed_of, whole)
 from .vlm import VLM, VLMConfig, answer, build_model, build_processor, load_vlm, save_vlm, token_logprobs
 from .world import KINDS, NUMBERS, Prompt, WorldConfig, describe, imagine, judge, make_prompt, sample_scenes, summarise
 
@@ -116,25 +117,29 @@ def fit(
     text: str,         # label of the progress bar
     stop=None,            # number of steps done -> bool: end early? If it has a `state_dict`, checkpoints hold it
     clear: bool = True,   # remove the checkpoints at the end; False: whoever writes the result does, after that
+    seed: int = 0,        # of what is drawn while it trains: dropout
+    of: str = "",         # whose checkpoints these are: those of other settings are refused
 ):
     "Train the parameters of `task` that require gradients. Resumes from the last checkpoint in `folder`."
     accelerator = make_accelerator()
     params = [p for p in task.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.98), fused=True)
     task, optimizer = accelerator.prepare(task, optimizer)
-    saved, guard = Checkpoints(Path(folder) / "checkpoints", accelerator), StepGuard(accelerator, text)
-    accelerator.register_for_checkpointing(guard, *([stop] if hasattr(stop, "state_dict") else []))
+    guard = StepGuard(accelerator, text)
+    remembered = (guard, stop) if hasattr(stop, "state_dict") else (guard,)
+    saved = Checkpoints(Path(folder) / "checkpoints", accelerator, objects=remembered, of=of)
     start = saved.load()
-    log = MetricLog(folder, start, accelerator.is_main_process)
+    log = MetricLog(folder, start, accelerator.is_main_process, saved.metrics)
     for step in progress(range(start, cfg.steps), text):
         for group in optimizer.param_groups: group["lr"] = cfg.lr * warmup_cosine(step, cfg.steps, cfg.warmup)
-        loss, metrics = backward_through(task, items_at(step), cfg.micro_batch, accelerator)
+        with drawing(seed_of(seed, text, step, accelerator.process_index), accelerator.device):
+            loss, metrics = backward_through(task, items_at(step), cfg.micro_batch, accelerator)
         norm = float(accelerator.clip_grad_norm_(params, cfg.clip))
         if guard(step, loss, norm): optimizer.step()   # one NaN in an update is the end of a run
         optimizer.zero_grad()
         log(step, loss=loss, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], skipped=guard.skipped, **metrics)
         if stop and stop(step + 1): break
-        if (step + 1) % cfg.save_every == 0: saved.save(step + 1)
+        if (step + 1) % cfg.save_every == 0: saved.save(step + 1, log.rows)
     log.close()
     if clear: saved.clear()
 
@@ -193,10 +198,12 @@ def train_sft(
         vlm.model.requires_grad_(False)
         vlm.projector.requires_grad_(True)
         if not faithful: vlm.language.requires_grad_(True), vlm.model.lm_head.requires_grad_(True)
-        if not (folder / name / "config.json").is_file():
-            fit(SFTTask(vlm), sft_items(cfg, world, seed, faithful), stage, folder / f"fit-{name}", f"SFT {name}", clear=False)
-            save_vlm(vlm, folder / name)
-            sweep(folder / f"fit-{name}")   # its checkpoints, now that the result is on the disk
+        of = digest_of(["sft", name, seed, asdict(cfg), asdict(world)])
+        if not whole(folder / name, of):
+            at = sft_items(cfg, world, seed, faithful)
+            fit(SFTTask(vlm), at, stage, folder / f"fit-{name}", f"SFT {name}", clear=False, seed=seed, of=of)
+            save_vlm(vlm, folder / name, of)
+            clear_checkpoints(folder / f"fit-{name}")   # now that the result is on the disk
         vlm.model.load_state_dict(load_vlm(folder / name).model.state_dict())
     vlm.model.requires_grad_(False)
     return vlm
@@ -205,10 +212,10 @@ def train_sft(
 def sft_stage(run: Run) -> VLM:
     "The SFT model of a run: trained if it is not there yet, then loaded."
     cfg, world = run.section("sft", SFTConfig), run.section("world", WorldConfig)
-    uses = {k: run.used[k] for k in ("seed", "world", "sft")}
+    uses = run.uses("world", "sft")
     if not run.done("sft", uses):
         train_sft(pretrained_vlm(run.seed), cfg, world, run.path("sft"), run.seed)
-        run.finish("sft", uses)
+        run.finish("sft", uses, ("projector", "language", "fit-projector/metrics.jsonl", "fit-language/metrics.jsonl"))
     vlm = load_vlm(run.path("sft") / "language")
     vlm.model.requires_grad_(False)
     return vlm

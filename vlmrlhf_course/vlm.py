@@ -145,19 +145,19 @@ class VLM:
     language = property(lambda self: self.family.part(self.model, "language"))
 
 # %% ../nbs/02_vlm.ipynb #vlm-load
-def load_vlm(path: str | Path) -> VLM:
+def load_vlm(path: str | Path, trust_remote_code: bool = False) -> VLM:
     "Load model and processor from `save_vlm`'s folder or any image-text-to-text checkpoint. Raises FileNotFoundError or UserError where there is no whole one."
     if not (Path(path) / "config.json").is_file():
         raise FileNotFoundError(f"{path}: no config.json there; give a folder with a saved vision-language model")
-    model = load_model(AutoModelForImageTextToText, path)
-    with reading(path, "take the model's own processor"): processor = AutoProcessor.from_pretrained(path, backend="pil")
+    model = load_model(AutoModelForImageTextToText, path, trust_remote_code)
+    with reading(path, "take the model's own processor"): processor = AutoProcessor.from_pretrained(path, backend="pil", trust_remote_code=trust_remote_code)
     if model.config.image_token_id not in getattr(processor, "tokenizer", processor).get_vocab().values():
         raise UserError(f"{path}: its tokenizer lacks token {model.config.image_token_id}, the image; take the model's own processor")
     return VLM(model, processor)
 
-def save_vlm(vlm: VLM, path: str | Path):
-    "Save model and processor so that plain `transformers` can load them; the folder appears when it is complete."
-    save_folder(path, vlm.model.save_pretrained, vlm.processor.save_pretrained)
+def save_vlm(vlm: VLM, path: str | Path, of: str = ""):
+    "Save model and processor so that plain `transformers` can load them; the folder appears when it is complete, sealed as `of` a stage."
+    save_folder(path, vlm.model.save_pretrained, vlm.processor.save_pretrained, of=of)
 
 # %% ../nbs/02_vlm.ipynb #features
 @patch

@@ -14,7 +14,8 @@ import hashlib
 import random
 import re
 from dataclasses import dataclass, replace
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
+from .files import read_picture
 from .settings import UserError, check_ranges
 
 # %% ../nbs/01_world.ipynb #vocab
@@ -224,8 +225,7 @@ def open_image(
     if ref == "blank": return Image.new("RGB", (size, size), (128, 128, 128))
     try:
         if ref.startswith("scene:"): return draw(parse_scene(ref[6:]), size)
-        with Image.open(ref) as img: upright = ImageOps.exif_transpose(img)
-        return (upright.convert("I").point(lambda v: v / 256) if upright.mode[0] == "I" else upright).convert("RGB")   # I: 16 bits of grey
+        return read_picture(ref)
     except Exception as e:   # Pillow raises a dozen kinds
         raise UserError(f"{ref}: not a picture ({getattr(e, 'strerror', None) or e}); give a picture file, `blank`, or `scene:…`") from None
 
