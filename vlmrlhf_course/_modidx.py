@@ -266,6 +266,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'vlmrlhf_course.files.half_written': ('files.html#half_written', 'vlmrlhf_course/files.py'),
                                       'vlmrlhf_course.files.jsonl': ('files.html#jsonl', 'vlmrlhf_course/files.py'),
                                       'vlmrlhf_course.files.known_digest': ('files.html#known_digest', 'vlmrlhf_course/files.py'),
+                                      'vlmrlhf_course.files.known_file': ('files.html#known_file', 'vlmrlhf_course/files.py'),
                                       'vlmrlhf_course.files.make_room': ('files.html#make_room', 'vlmrlhf_course/files.py'),
                                       'vlmrlhf_course.files.manifest': ('files.html#manifest', 'vlmrlhf_course/files.py'),
                                       'vlmrlhf_course.files.parse_record': ('files.html#parse_record', 'vlmrlhf_course/files.py'),

@@ -28,7 +28,8 @@ from .settings import UserError, is_main, notice, read_text
 def clear_checkpoints(folder: Path):
     "Remove the checkpoints that a stage has made below its folder, and only those."
     for part in (folder, *sorted(folder.glob("fit-*"))):
-        clear(part / "checkpoints")
+        if not part.is_symlink():
+            clear(part / "checkpoints")
 
 
 def clear(checkpoints: Path):

@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
 # %% ../nbs/91_cli.ipynb #run-one
 def open_run(args, seed: int, folder: Path):
     "The run's folder, every section checked before anything is computed."
-    from vlmrlhf_course.runs import Run, claim
+    from vlmrlhf_course.runs import RUN, Run, claim, known_file
     run, known = Run(folder, args.scale, args.set, seed, args.skip_bad, inherited()), sections()
     for name in run.layers:
         if name not in known:
@@ -99,6 +99,7 @@ def open_run(args, seed: int, folder: Path):
             raise UserError(f"{arm}.reward_model={rm!r}: give reward or reward_small")
     claim(folder)
     run.refuse_others(STAGES if args.verb == "run" else (args.arm,) if args.verb == "ppo" else (args.verb,))
+    known_file(folder / RUN, folder / "config.yaml")   # is it ours? Before hours of computing
     if not (folder / "config.yaml").exists():
         record_settings(run)
     return run

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'SIGNATURE', 'MARK', 'FORMATS', 'MOST_PIXELS', 'digest', 'digest_of', 'digest_of_records', 'seal',
            'manifest', 'damage', 'whole', 'changed', 'known_digest', 'remove', 'sweep', 'to_disk', 'half_written',
-           'aside', 'make_room', 'write_bytes', 'write_text', 'write_jsonl', 'jsonl', 'write_known', 'read_jsonl',
-           'parse_record', 'read_picture']
+           'aside', 'make_room', 'write_bytes', 'write_text', 'write_jsonl', 'jsonl', 'write_known', 'known_file',
+           'read_jsonl', 'parse_record', 'read_picture']
 
 # %% ../nbs/96_files.ipynb #imports
 import errno
@@ -260,17 +260,23 @@ def write_known(record: Path, path: Path, data: bytes):
 
     The record learns of the new content before the file changes, so that a crash between both leaves a
     file that is known. Raises UserError where the file stands already and the record does not know it."""
-    known = json.loads(read_text(record))
-    name = Path(os.path.relpath(path, record.parent)).as_posix()
-    before = known.setdefault("files", {}).get(name, [])
-    if os.path.lexists(path) and not (path.is_file() and digest(path) in before):
-        raise UserError(f"{path}: was not written by this run; move it away, and the same command goes on")
+    known, name, before = known_file(record, path)
     new = [len(data), hashlib.sha256(data).hexdigest()]
     known["files"][name] = [*before, new]
     write_text(record, json.dumps(known, indent=1))
     write_bytes(path, data)
     known["files"][name] = [new]
     write_text(record, json.dumps(known, indent=1))
+
+
+def known_file(record: Path, path: Path) -> tuple[dict, str, list]:
+    "A record, the name of a file in it, and the digests that it has for the file. Raises UserError where another file stands there."
+    known = json.loads(read_text(record))
+    name = Path(os.path.relpath(path, record.parent)).as_posix()
+    before = known.setdefault("files", {}).get(name, [])
+    if os.path.lexists(path) and not (path.is_file() and digest(path) in before):
+        raise UserError(f"{path}: was not written by this run; move it away, and the same command goes on")
+    return known, name, before
 
 # %% ../nbs/96_files.ipynb #read
 def read_jsonl(

@@ -79,7 +79,7 @@ class PenaltyConfig:
     ramp: int = 0              # severity grows from 1 to 2 over this many steps; 0: constant
 
     def __post_init__(self):
-        check_ranges(self, weight="[0, inf)", coverage="[0, inf)", count_power="(0, inf)", ramp="[0, inf)",
+        check_ranges(self, weight="[0, inf)", coverage="[0, inf)", count_power="(0, 10]", ramp="[0, inf)",
                      **dict.fromkeys(("object", "attribute", "relation"), "(-inf, 0]"))
 
 

@@ -155,12 +155,15 @@ def make_accelerator() -> Accelerator:
         limit = timedelta(seconds=env_number("VLMRLHF_TIMEOUT", 600., 1))
         handlers.append(InitProcessGroupKwargs(timeout=limit, **({"backend": "gloo"} if cpu else {})))
     try:
-        return Accelerator(cpu=cpu, kwargs_handlers=handlers)
-    except (ValueError, KeyError) as e:   # what it says of a variable that it cannot read
-        if not environment():
+        accelerator = Accelerator(cpu=cpu, kwargs_handlers=handlers)
+        torch.empty(1, device=accelerator.device)   # which a variable may have chosen
+        return accelerator
+    except (ValueError, KeyError, RuntimeError, AssertionError) as e:   # what libraries say of a variable that they cannot use
+        if not environment() or lost_peer(e):
             raise
         set_here = ", ".join(f"{k}={v}" for k, v in environment().items())
-        raise UserError(f"accelerate refuses what the environment says ({set_here}): {str(e).splitlines()[0]}") from None
+        said = " ".join(str(e).split())[:160]
+        raise UserError(f"accelerate refuses what the environment says ({set_here}): {said}; unset what is wrong") from None
 
 
 def together():

@@ -287,6 +287,9 @@ def pair_fault(row: dict, vlm: VLM | None = None) -> str | None:
         try: _look(ref)
         except (UserError, ValueError) as e: return f"image {e}" if isinstance(e, UserError) else f"image {ref}: {e}"
     if vlm is None: return None
+    marks = vlm.tokenizer.convert_ids_to_tokens(sorted(vlm.family.placeholders(vlm.model.config)))
+    for key, mark in itertools.product(("prompt", "chosen", "rejected"), marks):
+        if mark in row[key]: return f"{key} holds {mark}, which stands for a picture; write it another way"
     most = vlm.model.config.get_text_config().max_position_embeddings
     longest = max((row["chosen"], row["rejected"]), key=len)
     n = len(vlm.prompt_ids(Prompt("", row["prompt"], "", image))) + len(vlm.tokenizer(longest).input_ids) + 1

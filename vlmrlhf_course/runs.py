@@ -21,7 +21,7 @@ from pathlib import Path
 # What chapters want of this kind they ask here for, so that they need not know where it stands:
 from .checkpoints import (Checkpoints, MetricLog, StepGuard, clear_checkpoints, drawing, load_model, load_tensors,
                           mean_of, progress, reading, save_folder, save_tensors, seed_of)
-from .files import (MANIFEST, SIGNATURE, changed, damage, digest, digest_of, digest_of_records, jsonl, read_jsonl,
+from .files import (MANIFEST, SIGNATURE, changed, damage, digest, digest_of, digest_of_records, jsonl, known_file, read_jsonl,
                     sweep, whole, write_jsonl, write_known, write_text)
 from .launch import environment, keep_memory, lost_peer, make_accelerator, share, together
 from .settings import (Settings, UserError, alone, build_config, check_choices, check_mixture, check_ranges, home,
