@@ -41,6 +41,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 SKIPPED_PARTS = ("tensorboard", "checkpoints")
+READ_LOGS = ("ppo", "gold", "hacked")   # stages whose metrics the evaluation draws
 # What a stage needs: the folders whose records must be whole where a verb ends well.
 BEFORE = dict(sft=[], preferences=["sft"], reward=["sft", "preferences"],
               ppo=["sft", "preferences"], run=[], evaluate=[])
@@ -229,7 +230,8 @@ class Case:
                 if (folder / part).is_dir():
                     expected += [p for p in walk(folder / part) if p.is_file()]
             for path in expected:
-                if before.get(path) or {*path.parts} & {*SKIPPED_PARTS}:
+                unread = path.name == "metrics.jsonl" and not path.parent.name.startswith(READ_LOGS)
+                if before.get(path) or unread or {*path.parts} & {*SKIPPED_PARTS}:
                     continue   # a foreign file, or one that no later step reads
                 loose = bool(args.get("skip_bad")) and path.parent.name == "preferences"
                 if fault := unreadable(path, loose):

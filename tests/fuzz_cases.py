@@ -139,7 +139,7 @@ def settings_ini(case):
     if r.random() < .3:
         argv[1:1] = ["--out", "out"] if verb != "--help" else []
     case.note(f"settings.ini: {kind} {path.read_bytes()[:60] if kind == 'text' else ''}")
-    case.command(argv, limit=25, long="--scale" not in argv)
+    case.command(argv, limit=120, long="--scale" not in argv)
 
 
 def command_line(case):
@@ -197,7 +197,7 @@ def environment(case):
                   ACCELERATE_MIXED_PRECISION=["", "no", "fp16", "bf16", "fp8", "abc"],
                   ACCELERATE_TORCH_DEVICE=["", "cpu", "cuda", "cuda:9", "abc", "meta"],
                   ACCELERATE_DYNAMO_BACKEND=["no", "EAGER", "abc"], ACCELERATE_LOG_LEVEL=["x"],
-                  PYTHONIOENCODING=["ascii", "latin-1", "utf-16", "cp1252", "ascii:replace"],
+                  PYTHONIOENCODING=["ascii", "latin-1", "koi8-r", "cp1252", "ascii:replace"],
                   HOME=["", "/nowhere", "\udcff", None], TMPDIR=["", "/nowhere", "/dev/null"],
                   VLMRLHF_TIMEOUT=[*odd, "soon", "-5", "0.001"], HF_HOME=["", "/proc/x"],
                   VLMRLHF_CACHE=["", "~"], PATH=["", "/nowhere"], TZ=["", "No/Where"],
@@ -366,6 +366,7 @@ def picture(case) -> str:
     elif kind == "folder":
         path.mkdir()
     elif kind == "link":
+        path.unlink(missing_ok=True)
         path.symlink_to(r.choice((path.name, "/dev/zero", "nowhere", "/proc/self/mem", "/etc",
                                   "..")))
     else:

@@ -110,15 +110,15 @@ def evil_file(case, path: Path, zipped: bool):
 
 
 def seal_again(folder: Path):
-    "Make the manifests fit what lies there: whoever changes a file may change these, too."
-    for manifest in folder.rglob("manifest.json"):
+    "Make every seal fit what lies there: whoever changes a file may change these, too."
+    for record in [*folder.rglob("manifest.json"), *folder.rglob("done.json")]:
         try:
-            was = json.loads(manifest.read_text())
-            for name in was:
-                data = (manifest.parent / name).read_bytes()
-                was[name] = [len(data), hashlib.sha256(data).hexdigest()]
-            manifest.write_text(json.dumps(was))
-        except (OSError, ValueError, TypeError):
+            was = json.loads(record.read_text())
+            for name in was["files"]:
+                data = (record.parent / name).read_bytes()
+                was["files"][name] = [len(data), hashlib.sha256(data).hexdigest()]
+            record.write_text(json.dumps(was))
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             pass
 
 
@@ -136,7 +136,10 @@ def clear(path: Path):
 
 def change_json(path: Path, r):
     "Change one value somewhere in a JSON file."
-    tree = json.loads(path.read_text())
+    try:
+        tree = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        return   # damaged already
     at = tree
     for _ in range(r.randrange(5)):
         keys = [*at] if isinstance(at, dict) else [*range(len(at))] if isinstance(at, list) else []

@@ -21,7 +21,7 @@ from vlmrlhf_course import cli, evaluate, preferences, runs, settings  # noqa: F
 ENV = dict(OMP_NUM_THREADS="1", VLMRLHF_QUIET="1", HF_HUB_OFFLINE="1", LANG="C.UTF-8",
            TRANSFORMERS_VERBOSITY="error", TRANSFORMERS_NO_ADVISORY_WARNINGS="1",
            HF_HUB_DISABLE_PROGRESS_BARS="1", TZ="UTC")
-IDLE = 12.            # seconds without work after which a command waits for something
+IDLE = 48.            # seconds without work after which a command waits for something
 MEMORY = 6 * 2 ** 30   # what a command may take beyond what PyTorch maps
 POPEN = subprocess.Popen
 # What the package remembers of a process: empty now, and emptied in each fork.
