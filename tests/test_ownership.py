@@ -250,7 +250,7 @@ def test_a_foreign_report_is_not_written_over(capsys, smoke_run, tmp_path, name)
     shutil.copytree(smoke_run, folder, ignore=shutil.ignore_patterns("evaluate", "report.*", "before_after.png"))
     (folder / name).write_text("mine")
     assert main(["evaluate", "--scale", "smoke", "--out", str(folder)]) == 2
-    assert f"{folder / name}: was not written by this run; move it away" in capsys.readouterr().err.splitlines()[-1]
+    assert f"move {folder / name} away: this run has not written that" in capsys.readouterr().err.splitlines()[-1]
     assert (folder / name).read_text() == "mine"
     (folder / name).rename(tmp_path / "elsewhere")
     assert main(["evaluate", "--scale", "smoke", "--out", str(folder)]) == 0, "the advice works"

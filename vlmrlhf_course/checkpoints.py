@@ -213,6 +213,10 @@ def save_folder(path: str | Path, *writers, of: str = ""):
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, of: str = ""):
     """Write weights in one step; their header says whose they are. In a run of several processes the main one writes and the
     others wait. Raises UserError where a file stands there that we have not written."""
+    bad = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if bad:
+        raise UserError(f"{path}: {bad[0]} is not finite, so that is not written; lower the learning rate of this stage, and "
+                        f"delete {path.parent}")
     if is_main():
         if os.path.lexists(path):
             with reading(path, "it is not ours to write over; move it away, and the same command goes on"):

@@ -128,7 +128,11 @@ def _claim(folder, record):
     if os.path.lexists(record):
         run_record(record)
         return
-    foreign = [f for f in sorted(folder.iterdir()) if not _ours(f)] if folder.is_dir() else []
+    entries = sorted(folder.iterdir())
+    foreign = [f for f in entries if not _ours(f)]
+    if foreign and any(f.is_dir() and has_record(f) for f in entries):
+        raise UserError(f"{folder}: a run's folder that has lost its record, {RUN}; move {', '.join(map(str, foreign))} away, "
+                        "and the same command goes on")
     if foreign:
         shown = f"{foreign[0]} and {len(foreign) - 1} more" if len(foreign) > 1 else foreign[0]
         raise UserError(f"{folder}: not a run's folder, and it holds other things ({shown}); give a new or an empty one as --out")
@@ -265,8 +269,10 @@ class Run:
         "A digest of a file's records where they are not as they were."
         try:
             now = digest_of_records(file)
+        except FileNotFoundError:
+            raise UserError(f"{file}: there is no such file; put it back, or delete {file.parent}, and the stage is made again") from None
         except (OSError, UnicodeDecodeError):
-            return "unreadable"
+            return "unreadable"   # which is said by who reads it
         return None if now == was else now[1][:16]
 
     def write(self, path: Path, data: bytes, stage: str | None = None):

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
-from .runs import (Checkpoints, MetricLog, Run, StepGuard, check_mixture, check_ranges, clear_checkpoints, digest_of, drawing, load_model,
+from .runs import (Checkpoints, MetricLog, Run, StepGuard, UserError, check_mixture, check_ranges, clear_checkpoints, digest_of, drawing, load_model,
                    make_accelerator, progress, seed_of, whole)
 from .vlm import VLM, VLMConfig, answer, build_model, build_processor, load_vlm, save_vlm, token_logprobs
 from .world import KINDS, NUMBERS, Prompt, WorldConfig, describe, imagine, judge, make_prompt, sample_scenes, summarise
@@ -141,6 +141,8 @@ def fit(
         if stop and stop(step + 1): break
         if (step + 1) % cfg.save_every == 0: saved.save(step + 1, log.rows)
     log.close()
+    bad = [name for name, p in task.named_parameters() if not p.isfinite().all()]
+    if bad: raise UserError(f"{text}: {bad[0]} is not finite in the end; lower the learning rate, and delete {Path(folder)}")
     if clear: saved.clear()
 
 # %% ../nbs/03_sft.ipynb #pretrained
