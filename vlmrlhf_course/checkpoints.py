@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['reading', 'load_model', 'load_tensors', 'save_folder', 'save_tensors', 'clear_checkpoints', 'clear', 'last_whole',
-           'Checkpoints', 'StepGuard', 'MetricLog', 'drawing', 'seed_of', 'mean_of', 'progress']
+           'Checkpoints', 'StepGuard', 'log_rows', 'MetricLog', 'drawing', 'seed_of', 'mean_of', 'progress']
 
 # %% ../nbs/98_checkpoints.ipynb #imports
 import hashlib
 import json
 import os
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -19,6 +20,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+from fastcore.basics import patch
 from .files import (SIGNATURE, aside, damage, half_written, jsonl, manifest, parse_record, remove, seal, sweep,
                     to_disk, write_jsonl)
 from .launch import lost_peer, share, together
@@ -49,7 +51,7 @@ def load_model(cls: type, path: str | Path, trust_remote_code: bool = False, **s
         raise UserError(f"{path}: {bad[0]} is not finite; take an earlier checkpoint")
     return model.eval()
 
-
+# %% ../nbs/98_checkpoints.ipynb #weights-2
 def load_tensors(path: Path, into=None, of: str | None = None) -> dict[str, torch.Tensor]:
     "Read weights and hand them to `into`. Raises UserError where they are damaged, not finite, not `of` this stage, or do not fit."
     with reading(path, f"put the file back, or delete {path.parent}, and the next run makes it again"):
@@ -127,7 +129,7 @@ def last_whole(folder: Path, steps: list[int], of: str = "") -> int:
         notice(f"{folder}/step-{step} does not count ({fault}): going back to what was before it")
     return 0
 
-
+# %% ../nbs/98_checkpoints.ipynb #checkpoints-class
 class Checkpoints:
     """Whole-state checkpoints of an accelerator in `folder`: written aside, sealed, renamed; the last `keep` are kept.
 
@@ -141,6 +143,8 @@ class Checkpoints:
         names = [p.name[5:] for p in self.folder.glob("step-*")]
         return sorted(int(n) for n in names if n.isdecimal())
 
+    def clear(self): clear(self.folder)
+
     def save(self, step: int, metrics: list[dict] | None = None):
         "Save everything after `step` steps. Raises UserError where it fails; what was saved before stays."
         try:
@@ -152,57 +156,62 @@ class Checkpoints:
             raise UserError(f"{self.folder}: the checkpoint after step {step} cannot be written ({str(e).splitlines()[0]}), but {safe}: "
                             "make room on the disk, and the same command continues") from None
 
-    def _save(self, step, metrics):
-        "All processes write; the main one makes the place, seals it and moves it to where it counts."
-        if not self.accelerator.is_main_process:
-            place = broadcast_object_list([None])[0]
-            self._write(Path(place), metrics)
-            self.accelerator.wait_for_everyone()
-            return
-        with half_written(self.folder / f"step-{step}") as part:
-            place = part / f"step-{step}"
-            broadcast_object_list([str(place)])
-            self._write(place, metrics)
-            seal(place, self.of)
-            to_disk(place)
-            self._make_room(self.folder / place.name)
-            os.replace(place, self.folder / place.name)
-        for old in self.steps()[:-self.keep]:
-            remove(self.folder / f"step-{old}")
+# %% ../nbs/98_checkpoints.ipynb #checkpoints-save
+@patch
+def _save(self: Checkpoints, step, metrics):
+    "All processes write; the main one makes the place, seals it and moves it to where it counts."
+    if not self.accelerator.is_main_process:
+        self._write(Path(broadcast_object_list([None])[0]), metrics)
         self.accelerator.wait_for_everyone()
+        return
+    with half_written(self.folder / f"step-{step}") as part:
+        place = part / f"step-{step}"
+        broadcast_object_list([str(place)])
+        self._write(place, metrics)
+        seal(place, self.of)
+        to_disk(place)
+        self._make_room(self.folder / place.name)
+        os.replace(place, self.folder / place.name)
+    for old in self.steps()[:-self.keep]:
+        remove(self.folder / f"step-{old}")
+    self.accelerator.wait_for_everyone()
 
-    def _make_room(self, place):
-        "Remove an older checkpoint of this step; one that its manifest does not tell as ours is set aside."
-        remove(place)
-        if os.path.lexists(place):
-            other = next(p for p in (place.with_name(f"aside-{n}-{place.name}") for n in range(10 ** 6)) if not os.path.lexists(p))
-            notice(f"{place}: no checkpoint by its manifest; set aside as {other.name}")
-            os.replace(place, other)
 
-    def _write(self, place, metrics):
-        self.accelerator.save_state(str(place))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            for random_state in place.glob("random_states_*.pkl"):
-                remove(random_state)   # a pickle of Python's own; what is drawn depends on seed and step alone
-            torch.save([o.state_dict() for o in self.objects], place / "objects.pt")
-            (place / "metrics.json").write_text(json.dumps(metrics or []), encoding="utf-8")
+@patch
+def _make_room(self: Checkpoints, place):
+    "Remove an older checkpoint of this step; one that its manifest does not tell as ours is set aside."
+    remove(place)
+    if os.path.lexists(place):
+        other = place.with_name(f"aside-{time.time_ns()}-{place.name}")
+        notice(f"{place}: no checkpoint by its manifest; set aside as {other.name}")
+        os.replace(place, other)
 
-    def load(self, step: int | None = None) -> int:
-        "Load a checkpoint (the last whole one) and say how many steps it holds; 0 where there is none."
-        if step is None:
-            step = share(lambda: last_whole(self.folder, self.steps(), self.of))
-        if step:
-            place = self.folder / f"step-{step}"
-            with reading(place, f"move {place} away, and the same command goes on from what was before it"):
-                self.accelerator.load_state(str(place))
-                states = torch.load(place / "objects.pt", map_location=self.accelerator.device, weights_only=True)
-                for thing, state in zip(self.objects, states, strict=True):
-                    thing.load_state_dict(state)
-                self.metrics = json.loads(read_text(place / "metrics.json"))
-        return step
 
-    def clear(self): clear(self.folder)
+@patch
+def _write(self: Checkpoints, place, metrics):
+    self.accelerator.save_state(str(place))
+    self.accelerator.wait_for_everyone()
+    if self.accelerator.is_main_process:
+        for random_state in place.glob("random_states_*.pkl"):
+            remove(random_state)   # a pickle of Python's own; what is drawn depends on seed and step alone
+        torch.save([o.state_dict() for o in self.objects], place / "objects.pt")
+        (place / "metrics.json").write_text(json.dumps(metrics or []), encoding="utf-8")
+
+# %% ../nbs/98_checkpoints.ipynb #checkpoints-load
+@patch
+def load(self: Checkpoints, step: int | None = None) -> int:
+    "Load a checkpoint (the last whole one) and say how many steps it holds; 0 where there is none."
+    if step is None:
+        step = share(lambda: last_whole(self.folder, self.steps(), self.of))
+    if step:
+        place = self.folder / f"step-{step}"
+        with reading(place, f"move {place} away, and the same command goes on from what was before it"):
+            self.accelerator.load_state(str(place))
+            states = torch.load(place / "objects.pt", map_location=self.accelerator.device, weights_only=True)
+            for thing, state in zip(self.objects, states, strict=True):
+                thing.load_state_dict(state)
+            self.metrics = json.loads(read_text(place / "metrics.json"))
+    return step
 
 # %% ../nbs/98_checkpoints.ipynb #guard
 class StepGuard:
@@ -226,6 +235,22 @@ class StepGuard:
     def state_dict(self): return dict(skipped=self.skipped, in_a_row=self.in_a_row)
     def load_state_dict(self, s): self.skipped, self.in_a_row = s["skipped"], s["in_a_row"]
 
+# %% ../nbs/98_checkpoints.ipynb #log-rows
+def log_rows(file: Path) -> list[dict]:
+    "The rows of a metric log, without a last line that a crash has cut. Raises UserError where it is none."
+    if not os.path.lexists(file):
+        return []
+    text = read_text(file)
+    rows = []
+    for i, line in enumerate(text[:text.rfind("\n") + 1].splitlines(), 1):
+        row, fault = parse_record(line, ("step",))
+        if not fault and not isinstance(row["step"], int):
+            fault = "'step' is not a whole number"
+        if fault:
+            raise UserError(f"{file}, line {i}: {fault}; it is no metric log: move the file away, and the same command goes on")
+        rows.append(row)
+    return rows
+
 # %% ../nbs/98_checkpoints.ipynb #metrics
 class MetricLog:
     """Metrics to `metrics.jsonl` and TensorBoard in `folder`; `start` is the number of steps already done, `rows` what a
@@ -234,28 +259,13 @@ class MetricLog:
         self.main, self.path, self.rows = main, Path(folder) / "metrics.jsonl", []
         if not main:
             return
-        there = self._there()
+        there = log_rows(self.path)
         self.rows = [r for r in (there if rows is None else rows) if r["step"] < start]
         if rows is not None and jsonl([r for r in there if r["step"] < start]) != jsonl(self.rows):
             notice(f"{self.path}: not as it was at the checkpoint after step {start}; the metrics are taken from there")
         write_jsonl(self.path, self.rows)
         from torch.utils.tensorboard import SummaryWriter
         self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=start)
-
-    def _there(self) -> list[dict]:
-        "The rows of the file, without a last line that a crash has cut. Raises UserError where they are not a metric log's."
-        if not os.path.lexists(self.path):
-            return []
-        text = read_text(self.path)
-        rows = []
-        for i, line in enumerate(text[:text.rfind("\n") + 1].splitlines(), 1):
-            row, fault = parse_record(line, ("step",))
-            if not fault and not isinstance(row["step"], int):
-                fault = "'step' is not a whole number"
-            if fault:
-                raise UserError(f"{self.path}, line {i}: {fault}; it is no metric log: move the file away, and the same command goes on")
-            rows.append(row)
-        return rows
 
     def __call__(self, step: int, **values: float):
         if not self.main:
@@ -272,7 +282,7 @@ class MetricLog:
         if self.main:
             self.board.close()
 
-
+# %% ../nbs/98_checkpoints.ipynb #small
 @contextmanager
 def drawing(seed: int, device: torch.device):
     "Within this block PyTorch's random numbers depend on `seed` alone; outside of it nothing of that is seen."

@@ -159,7 +159,7 @@ sys.path[:] = [p for p in sys.path if p and os.path.realpath(p) != here] + [{roo
 from vlmrlhf_course.cli import main
 sys.exit(main())"""
 
-
+# %% ../nbs/91_cli.ipynb #arm-process-2
 class Arm:
     "A process that trains one arm. What it says goes to a log, as far as there is room, and is remembered."
     def __init__(self, command: list[str], env: dict[str, str], log: Path):
@@ -190,7 +190,7 @@ class Arm:
     def terminate(self): self.child.terminate()
     returncode = property(lambda self: self.child.returncode)
 
-
+# %% ../nbs/91_cli.ipynb #arm-process-3
 def _why(folder, status, lines):
     "What an arm that stopped has said."
     said = [line for line in lines if line.startswith("vlmrlhf: ")]
@@ -291,7 +291,7 @@ def run_seeds(args, base: Path) -> int:
         print(f"mean and spread: {base / 'spread.json'}")
     return 0
 
-
+# %% ../nbs/91_cli.ipynb #main-2
 def run_stage(args, base: Path) -> int:
     "The verb of one stage."
     run = open_run(args, args.seed, base)
@@ -328,7 +328,7 @@ def _plainly(error):
     "For terminals whose encoding lacks a sign: another one in its place."
     return "".join(PLAIN.get(sign, "?") for sign in error.object[error.start:error.end]), error.end
 
-
+# %% ../nbs/91_cli.ipynb #entry-2
 def prepare():
     "What must be so before anything else is: an environment that makes sense, quiet libraries, a terminal that takes every sign."
     codecs.register_error("plainly", _plainly)
@@ -347,7 +347,7 @@ def prepare():
     if not is_main():
         sys.stdout = open(os.devnull, "w")   # of several processes one speaks
 
-
+# %% ../nbs/91_cli.ipynb #entry-3
 def main(argv: list[str] | None = None) -> int:
     "Entry point of `vlmrlhf`: 0 done, 2 bad input or a full disk (one line on stderr), 3 another process was lost, 130 interrupted."
     line, status = "", 1

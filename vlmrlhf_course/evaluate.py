@@ -308,7 +308,7 @@ def finished_report(run: Run, uses: dict) -> dict:
         raise UserError(f"{file}: not what this run wrote; move it away, or delete it, and it is made again")
     return report
 
-
+# %% ../nbs/11_evaluate.ipynb #stage-2
 def begin_evaluation(run: Run, uses: dict):
     "Begin the evaluation, also where it was done before: what of its files is still as it was written may be written over."
     record, files = run.path("evaluate") / "done.json", {}
@@ -327,7 +327,7 @@ def begin_evaluation(run: Run, uses: dict):
     if foreign and is_main():   # before hours of computing
         raise UserError(f"{run.folder}: move {', '.join(foreign)} away: this run has not written that, and does not write over it")
 
-
+# %% ../nbs/11_evaluate.ipynb #stage-3
 def evaluate_stage(
     run: Run,
     more=dict,   # () → what `report.json` is to hold besides: what the run has cost

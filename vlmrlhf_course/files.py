@@ -74,7 +74,7 @@ def manifest(folder: Path) -> dict | None:
     good = isinstance(files, dict) and all(map(_inside, files)) and isinstance(record.get("of"), str)
     return record if good else None
 
-
+# %% ../nbs/96_files.ipynb #seal-2
 def damage(folder: Path, of: str | None = None) -> str | None:
     "What is wrong with a sealed folder, or None. `of`: to whom it must belong."
     record = manifest(folder)
@@ -111,7 +111,7 @@ def changed(folder: Path, files: dict) -> str | None:
 
 _digests = {}   # file → its stamp, and the digest that it had then
 
-
+# %% ../nbs/96_files.ipynb #seal-3
 def known_digest(file: Path) -> list:
     "Size and SHA-256 of a file, computed once while its time, size and inode stay the same."
     s = file.stat()
@@ -138,7 +138,7 @@ def _nobody_writes(folder: Path) -> bool:
     finally:
         os.close(held)
 
-
+# %% ../nbs/96_files.ipynb #remove-2
 def remove(folder: Path):
     """Remove what we have made in `folder`, known by its record; what no record names stays, and so do the folders that hold it.
 
@@ -170,7 +170,7 @@ def _unlink(folder, name):
     for parent in above:
         _remove_if_empty(parent)
 
-
+# %% ../nbs/96_files.ipynb #remove-3
 def _remove_if_empty(folder):
     try:
         folder.rmdir()
@@ -212,7 +212,7 @@ def half_written(path: Path):
             shutil.rmtree(part, ignore_errors=True)
         _remove_if_empty(part)
 
-
+# %% ../nbs/96_files.ipynb #aside-2
 @contextmanager
 def aside(path: str | Path):
     "Yields a place to write a file or a folder to; it takes the place of `path` when the block ends well, and is gone otherwise."
@@ -307,7 +307,7 @@ def read_jsonl(
         skipped |= faults
     return rows
 
-
+# %% ../nbs/96_files.ipynb #read-2
 def _lines(path) -> list[str]:
     try:
         text = read_text(path, "utf-8-sig")

@@ -16,6 +16,7 @@ import time
 from datetime import timedelta
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from fastcore.basics import patch
 from torch.distributed import rendezvous
 from .settings import UserError, alone, env_number, is_main
 
@@ -48,65 +49,75 @@ class Peers:
         self.rank, self.world, self.store, self.lost = rank, world, store, lost
         self.shared, self.left = 0, threading.Event()
 
-    def watch(self):
-        "Signs of life, theirs and ours, until we leave."
-        seen = {other: (None, time.monotonic()) for other in range(self.world) if other != self.rank}
-        beats = 0
-        while not self.left.wait(BEAT):
-            beats += 1
-            try:
-                self.store.set(f"vlmrlhf/beat/{self.rank}", str(beats))
-                for other, (was, since) in seen.items():
-                    seen[other] = self._sign(other, was, since)
-            except Exception as e:   # whatever a store says whose host is gone
-                if not self.left.is_set():
-                    self.lost(" ".join(str(e).split())[:80] or type(e).__name__)
-                return
-
-    def _sign(self, other, was, since):
-        "The last sign of life of another process, and when it came."
-        key, now = f"vlmrlhf/beat/{other}", time.monotonic()
-        sign = self.store.get(key) if self.store.check([key]) else None
-        if sign != was or sign == b"left":
-            return sign, now
-        if sign == b"stopped" and now - since > BEAT:   # time enough for us to stop for the same reason
-            raise LostPeer(f"process {other} ended with an error")
-        if now - since > SILENCE:
-            raise LostPeer(f"no sign of life from process {other} for {SILENCE:.0f} s")
-        return was, since
-
-    def share(self, decide):
-        "What the main process decides, for all: it calls `decide`, however long that takes; a UserError is shared, too."
-        self.shared += 1
-        key = f"vlmrlhf/shared/{self.shared}"
-        if self.rank == 0:
-            try:
-                told = dict(value=decide())
-            except UserError as e:
-                told = dict(error=str(e))
-            self.store.set(key, json.dumps(told))
-        else:
-            while not self.store.check([key]):   # without an end: the thread above ends us where the main process is lost
-                time.sleep(.05)
-            told = json.loads(self.store.get(key))
-        if "error" in told:
-            raise UserError(told["error"])
-        return told["value"]
-
-    def leave(self, well: bool):
-        "Say goodbye; the process that hosts the store waits for the others, a while."
-        self.left.set()
+# %% ../nbs/97_launch.ipynb #peers-watch
+@patch
+def watch(self: Peers):
+    "Signs of life, theirs and ours, until we leave."
+    seen = {other: (None, time.monotonic()) for other in range(self.world) if other != self.rank}
+    beats = 0
+    while not self.left.wait(BEAT):
+        beats += 1
         try:
-            self.store.set(f"vlmrlhf/beat/{self.rank}", "left" if well else "stopped")
-            end = time.monotonic() + 10
-            while self.rank == 0 and time.monotonic() < end and not self._all_left():
-                time.sleep(.05)
-        except Exception:
-            pass   # the host is gone: so be it
+            self.store.set(f"vlmrlhf/beat/{self.rank}", str(beats))
+            for other, (was, since) in seen.items():
+                seen[other] = self._sign(other, was, since)
+        except Exception as e:   # whatever a store says whose host is gone
+            if not self.left.is_set():
+                self.lost(" ".join(str(e).split())[:80] or type(e).__name__)
+            return
 
-    def _all_left(self):
-        keys = [f"vlmrlhf/beat/{other}" for other in range(1, self.world)]
-        return all(self.store.check([key]) and self.store.get(key) in (b"left", b"stopped") for key in keys)
+
+@patch
+def _sign(self: Peers, other, was, since):
+    "The last sign of life of another process, and when it came."
+    key, now = f"vlmrlhf/beat/{other}", time.monotonic()
+    sign = self.store.get(key) if self.store.check([key]) else None
+    if sign != was or sign == b"left":
+        return sign, now
+    if sign == b"stopped" and now - since > BEAT:   # time enough for us to stop for the same reason
+        raise LostPeer(f"process {other} ended with an error")
+    if now - since > SILENCE:
+        raise LostPeer(f"no sign of life from process {other} for {SILENCE:.0f} s")
+    return was, since
+
+# %% ../nbs/97_launch.ipynb #peers-share
+@patch
+def share(self: Peers, decide):
+    "What the main process decides, for all: it calls `decide`, however long that takes; a UserError is shared, too."
+    self.shared += 1
+    key = f"vlmrlhf/shared/{self.shared}"
+    if self.rank == 0:
+        try:
+            told = dict(value=decide())
+        except UserError as e:
+            told = dict(error=str(e))
+        self.store.set(key, json.dumps(told))
+    else:
+        while not self.store.check([key]):   # without an end: the thread above ends us where the main process is lost
+            time.sleep(.05)
+        told = json.loads(self.store.get(key))
+    if "error" in told:
+        raise UserError(told["error"])
+    return told["value"]
+
+
+@patch
+def leave(self: Peers, well: bool):
+    "Say goodbye; the process that hosts the store waits for the others, a while."
+    self.left.set()
+    try:
+        self.store.set(f"vlmrlhf/beat/{self.rank}", "left" if well else "stopped")
+        end = time.monotonic() + 10
+        while self.rank == 0 and time.monotonic() < end and not self._all_left():
+            time.sleep(.05)
+    except Exception:
+        pass   # the host is gone: so be it
+
+
+@patch
+def _all_left(self: Peers):
+    keys = [f"vlmrlhf/beat/{other}" for other in range(1, self.world)]
+    return all(self.store.check([key]) and self.store.get(key) in (b"left", b"stopped") for key in keys)
 
 # %% ../nbs/97_launch.ipynb #meet
 _peers = None

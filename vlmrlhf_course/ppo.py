@@ -301,8 +301,9 @@ class PPOState:
         self.good, self.best_weights = s["good"], s["best_weights"]
 
 # %% ../nbs/10_ppo.ipynb #loop-parts
-def collect(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], cfg: PPOConfig, beta: float, step: int, seed: int, reduce=lambda x: x):
+def collect(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], cfg: PPOConfig, beta: float, step: int, seed: int, accelerator):
     "Sample, and make experience of it; None, and figures that are no numbers, where no answer can be sampled any more."
+    def reduce(x): return accelerator.reduce(x, "sum")
     roll = try_sample(policy.vlm, prompts, "actor", cfg.temperature, cfg.max_new_tokens, seed, reduce=reduce)
     if roll is None: return None, dict.fromkeys(("kl", "reward", "true_score"), float("nan"))
     return make_experience(policy, rm, roll, cfg, beta, step, reduce)
@@ -345,14 +346,13 @@ def train_ppo(policy: ActorCritic, rm: RewardModel, prompts: list[Prompt], valid
     saved = Checkpoints(folder / "checkpoints", accelerator, objects=(state, guard), of=of)
     start = saved.load()
     log = MetricLog(folder, start, accelerator.is_main_process, saved.metrics)
-    def add_up(x): return accelerator.reduce(x, "sum")
     for step in progress(range(start, cfg.iterations), folder.name):
         name, lr, kl_factor = phase(step, cfg)
         for group, rate in zip(optimizer.param_groups, (cfg.actor_lr * lr, cfg.critic_lr)): group["lr"] = rate * state.lr_scale
 
         drawn = plan_prompts(prompts, cfg.answers // cfg.answers_per_prompt, random.Random(f"ppo/{seed}/{step}"))[rank::world]
         batch = [p for p in drawn for _ in range(cfg.answers_per_prompt)]
-        exp, info = collect(policy, rm, batch, cfg, state.control.beta * kl_factor, step, seed_of(seed, step, rank), add_up)
+        exp, info = collect(policy, rm, batch, cfg, state.control.beta * kl_factor, step, seed_of(seed, step, rank), accelerator)
 
         kl = float(accelerator.reduce(torch.tensor(info["kl"], device=accelerator.device), "mean"))
         emergency = state.after(kl, cfg, control=name != "warm-up")   # KL is still near 0 there: β would only be given away

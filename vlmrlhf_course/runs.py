@@ -18,6 +18,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from fastcore.basics import patch
 # What chapters want of this kind they ask here for, so that they need not know where it stands:
 from .checkpoints import (Checkpoints, MetricLog, StepGuard, clear_checkpoints, drawing, load_model, load_tensors,
                           mean_of, progress, reading, save_folder, save_tensors, seed_of)
@@ -95,6 +96,7 @@ def unlock(folder: Path | None = None):
         if f in _locks:
             os.close(_locks.pop(f))
 
+# %% ../nbs/90_runs.ipynb #lock-2
 @contextmanager
 def locked(folder: Path):
     "Hold the lock of a folder for the length of a block."
@@ -138,7 +140,7 @@ def _claim(folder, record):
         raise UserError(f"{folder}: not a run's folder, and it holds other things ({shown}); give a new or an empty one as --out")
     write_text(record, json.dumps(dict(made_by=SIGNATURE, files={}), indent=1))
 
-
+# %% ../nbs/90_runs.ipynb #claim-2
 def run_record(record: Path) -> dict:
     "The record of a run's folder. Raises UserError where it is none."
     try:
@@ -194,118 +196,136 @@ class Run:
         names = [name for name in ("seed", "environment", *sections) if name in self.used]
         return {name: self.used[name] for name in names}
 
-    def done(self, stage: str, uses: dict) -> bool:
-        "Is `stage` finished? If not, this process makes it and no other may. Raises UserError where it was begun with other settings."
-        return share(lambda: self._done(stage, uses))
-
-    def _done(self, stage, uses):
-        folder = self.path(stage)
-        done, begun = folder / "done.json", folder / "begun.json"
-        if not done.is_file():
-            claim(self.folder)
-            lock(folder, lambda: begun.is_file() and same_settings(begun, uses))
-        if done.is_file():
-            unlock(folder)
-            same_settings(done, uses)
-            clear_checkpoints(folder)   # a crash may have come between
-            return self.whole(stage)
-        self._begin(folder, uses, {})
-        return False
-
-    def begin(self, stage: str, uses: dict, files: dict):
-        "Begin a stage, also one that was done before. `files` are its own already: name → digests."
-        def take():
-            claim(self.folder)
-            lock(self.path(stage))
-            self._begin(self.path(stage), uses, files)
-        share(take)
-
-    def _begin(self, folder, uses, files):
-        "Write or check the record of a stage in progress. Raises UserError where the folder holds what is nobody's."
-        begun = folder / "begun.json"
-        if begun.is_file():
-            same_settings(begun, uses)
-            files = {**files, **(read_record(begun).get("files") or {})}
-        elif not has_record(folder) and not only_log(folder):
-            raise UserError(f"{folder}: holds other things, and no record of a stage; move it away, or delete it")
-        write_text(begun, json.dumps(dict(uses=uses, files=files), indent=1))
-        sweep(folder)
-
-    def refuse_others(self, stages: tuple[str, ...]):
-        "Raise UserError where one of these stages was made, or begun, with settings that are not the run's."
-        for stage in stages:
-            for file in (self.path(stage) / "done.json", self.path(stage) / "begun.json"):
-                if file.is_file():
-                    own = {k: v for k, v in self.used.get(stage, {}).items() if k != "edited"}
-                    now = self.used | {stage: own}
-                    same_settings(file, {k: now[k] for k in read_record(file)["uses"] if k in now})
-
-    def whole(self, stage: str) -> bool:
-        "True where the results of a finished stage are what it wrote; otherwise raises UserError."
-        folder, record = self.path(stage), self.info(stage)
-        remedy = f"put the file back, or delete {folder}, and the stage is made again"
-        if not isinstance(record.get("files"), dict):
-            raise UserError(f"{folder / 'done.json'}: no list of the stage's files; {remedy}")
-        fault = changed(folder, record["files"])
-        sealed = [folder / name for name in record["files"] if Path(name).name == MANIFEST]
-        for inner in [] if fault else [m.parent for m in sealed]:
-            fault = fault or (damage(inner) and f"{inner.name}: {damage(inner)}")
-        if fault:
-            raise UserError(f"{folder}: {fault}; {remedy}")
-        return True
-
-    def edits(self, stage: str) -> dict:
-        "Files of a finished stage that people may edit, and that were: `{'edited': {name: digest}}`, or nothing."
-        file = self.path(stage) / "done.json"
-        open_to_all = read_record(file).get("editable") if file.is_file() else None
-        if not isinstance(open_to_all, dict):
-            return {}
-        edited = {name: self._edit(file.with_name(name), was) for name, was in open_to_all.items()}
-        edited = {name: now for name, now in edited.items() if now}
-        return dict(edited=edited) if edited else {}
-
-    @staticmethod
-    def _edit(file, was) -> str | None:
-        "A digest of a file's records where they are not as they were."
-        try:
-            now = digest_of_records(file)
-        except FileNotFoundError:
-            raise UserError(f"{file}: there is no such file; put it back, or delete {file.parent}, and the stage is made again") from None
-        except (OSError, UnicodeDecodeError):
-            return "unreadable"   # which is said by who reads it
-        return None if now == was else now[1][:16]
-
-    def write(self, path: Path, data: bytes, stage: str | None = None):
-        "Write a file that is the run's own, or that of a stage that is being made. Raises UserError where another one stands there."
-        if not is_main():
-            return
-        if stage is not None:
-            write_known(self.path(stage) / "begun.json", path, data)
-            return
-        with locked(self.folder):
-            write_known(self.folder / RUN, path, data)
-
-    def finish(self, stage: str, uses: dict, files: tuple[str, ...] = (), editable: tuple[str, ...] = (), **info):
-        "Mark `stage` as done and seal its `files` (folders by their manifests). Its checkpoints are removed now, and not before."
-        if self.skipped:
-            info["skipped"] = dict(records=len(self.skipped), first=": ".join(next(iter(self.skipped.items()))))
-        if is_main():
-            folder = self.path(stage)
-            sums = {name: digest(folder / name) for name in map(lambda n: self._sealed(folder, n), files)}
-            if editable:
-                info["editable"] = {name: digest_of_records(folder / name) for name in editable}
-            begun = folder / "begun.json"
-            write_text(begun, json.dumps(dict(uses=uses, files=sums, **info), indent=1))
-            os.replace(begun, folder / "done.json")
-            clear_checkpoints(folder)
-            sweep(folder)
-            unlock(folder)
-        together()
-
-    @staticmethod
-    def _sealed(folder, name): return f"{name}/{MANIFEST}" if (folder / name).is_dir() else name
-
     def info(self, stage: str) -> dict: return read_record(self.path(stage) / "done.json")
+
+# %% ../nbs/90_runs.ipynb #run-done
+@patch
+def done(self: Run, stage: str, uses: dict) -> bool:
+    "Is `stage` finished? If not, this process makes it and no other may. Raises UserError where it was begun with other settings."
+    return share(lambda: self._done(stage, uses))
+
+
+@patch
+def _done(self: Run, stage, uses):
+    folder = self.path(stage)
+    done, begun = folder / "done.json", folder / "begun.json"
+    if not done.is_file():
+        claim(self.folder)
+        lock(folder, lambda: begun.is_file() and same_settings(begun, uses))
+    if done.is_file():
+        unlock(folder)
+        same_settings(done, uses)
+        clear_checkpoints(folder)   # a crash may have come between
+        return self.whole(stage)
+    self._begin(folder, uses, {})
+    return False
+
+
+@patch
+def begin(self: Run, stage: str, uses: dict, files: dict):
+    "Begin a stage, also one that was done before. `files` are its own already: name → digests."
+    def take():
+        claim(self.folder)
+        lock(self.path(stage))
+        self._begin(self.path(stage), uses, files)
+    share(take)
+
+# %% ../nbs/90_runs.ipynb #run-done-2
+@patch
+def _begin(self: Run, folder, uses, files):
+    "Write or check the record of a stage in progress. Raises UserError where the folder holds what is nobody's."
+    begun = folder / "begun.json"
+    if begun.is_file():
+        same_settings(begun, uses)
+        files = {**files, **(read_record(begun).get("files") or {})}
+    elif not has_record(folder) and not only_log(folder):
+        raise UserError(f"{folder}: holds other things, and no record of a stage; move it away, or delete it")
+    write_text(begun, json.dumps(dict(uses=uses, files=files), indent=1))
+    sweep(folder)
+
+# %% ../nbs/90_runs.ipynb #run-whole
+@patch
+def whole(self: Run, stage: str) -> bool:
+    "True where the results of a finished stage are what it wrote; otherwise raises UserError."
+    folder, record = self.path(stage), self.info(stage)
+    remedy = f"put the file back, or delete {folder}, and the stage is made again"
+    if not isinstance(record.get("files"), dict):
+        raise UserError(f"{folder / 'done.json'}: no list of the stage's files; {remedy}")
+    fault = changed(folder, record["files"])
+    sealed = [folder / name for name in record["files"] if Path(name).name == MANIFEST]
+    for inner in [] if fault else [m.parent for m in sealed]:
+        fault = fault or (damage(inner) and f"{inner.name}: {damage(inner)}")
+    if fault:
+        raise UserError(f"{folder}: {fault}; {remedy}")
+    return True
+
+
+@patch
+def refuse_others(self: Run, stages: tuple[str, ...]):
+    "Raise UserError where one of these stages was made, or begun, with settings that are not the run's."
+    for stage in stages:
+        for file in (self.path(stage) / "done.json", self.path(stage) / "begun.json"):
+            if file.is_file():
+                own = {k: v for k, v in self.used.get(stage, {}).items() if k != "edited"}
+                now = self.used | {stage: own}
+                same_settings(file, {k: now[k] for k in read_record(file)["uses"] if k in now})
+
+# %% ../nbs/90_runs.ipynb #run-edits
+def _edit(file, was) -> str | None:
+    "A digest of a file's records where they are not as they were."
+    try:
+        now = digest_of_records(file)
+    except FileNotFoundError:
+        raise UserError(f"{file}: there is no such file; put it back, or delete {file.parent}, and the stage is made again") from None
+    except (OSError, UnicodeDecodeError):
+        return "unreadable"   # which is said by who reads it
+    return None if now == was else now[1][:16]
+
+
+@patch
+def edits(self: Run, stage: str) -> dict:
+    "Files of a finished stage that people may edit, and that were: `{'edited': {name: digest}}`, or nothing."
+    file = self.path(stage) / "done.json"
+    open_to_all = read_record(file).get("editable") if file.is_file() else None
+    if not isinstance(open_to_all, dict):
+        return {}
+    edited = {name: _edit(file.with_name(name), was) for name, was in open_to_all.items()}
+    edited = {name: now for name, now in edited.items() if now}
+    return dict(edited=edited) if edited else {}
+
+
+@patch
+def write(self: Run, path: Path, data: bytes, stage: str | None = None):
+    "Write a file that is the run's own, or that of a stage that is being made. Raises UserError where another one stands there."
+    if not is_main():
+        return
+    if stage is not None:
+        write_known(self.path(stage) / "begun.json", path, data)
+        return
+    with locked(self.folder):
+        write_known(self.folder / RUN, path, data)
+
+# %% ../nbs/90_runs.ipynb #run-finish
+def _sealed(folder, name): return f"{name}/{MANIFEST}" if (folder / name).is_dir() else name
+
+
+@patch
+def finish(self: Run, stage: str, uses: dict, files: tuple[str, ...] = (), editable: tuple[str, ...] = (), **info):
+    "Mark `stage` as done and seal its `files` (folders by their manifests). Its checkpoints are removed now, and not before."
+    if self.skipped:
+        info["skipped"] = dict(records=len(self.skipped), first=": ".join(next(iter(self.skipped.items()))))
+    if is_main():
+        folder = self.path(stage)
+        sums = {name: digest(folder / name) for name in map(lambda n: _sealed(folder, n), files)}
+        if editable:
+            info["editable"] = {name: digest_of_records(folder / name) for name in editable}
+        begun = folder / "begun.json"
+        write_text(begun, json.dumps(dict(uses=uses, files=sums, **info), indent=1))
+        os.replace(begun, folder / "done.json")
+        clear_checkpoints(folder)
+        sweep(folder)
+        unlock(folder)
+    together()
 
 # %% ../nbs/90_runs.ipynb #course-run
 def course_run(scale: str = "lesson", **kwargs) -> Run:

@@ -79,7 +79,7 @@ THEIR_RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "MPI_L
 SWITCHES = ("ACCELERATE_USE_", "ACCELERATE_DEBUG_MODE", "FSDP_OFFLOAD_PARAMS", "FSDP_CPU_RAM_EFFICIENT_LOADING")
 TRUTH = ("1", "0", "true", "false", "yes", "no", "on", "off", "y", "n", "t", "f")   # what accelerate reads as a switch
 
-
+# %% ../nbs/94_settings.ipynb #launch-2
 def check_launch():
     "Do the launcher's variables make sense together? Raises UserError that names one of them."
     rank, world = env_number("RANK", 0), env_number("WORLD_SIZE", 1, 1)
@@ -166,7 +166,7 @@ def load_settings(
             raise UserError(f"{file}: unknown section [{name}]; settings stand in [course]")
     return _settings(file, dict(parser["course"])) if "course" in parser else Settings()
 
-
+# %% ../nbs/94_settings.ipynb #settings-2
 def _settings(file, values: dict) -> Settings:
     "Settings from the values of a file."
     types = {f.name: f.type for f in fields(Settings)}
@@ -212,7 +212,7 @@ def _scale_file(scale):
         raise UserError(f"no scale {scale!r}{nearest(scale, scales())}: give one of {', '.join(scales())} or a YAML file")
     return path
 
-
+# %% ../nbs/94_settings.ipynb #config-2
 def _layer(source, read) -> dict:
     "What `read` returns, checked: section → values."
     try:
