@@ -39,6 +39,7 @@ def of(where, tests, *changes): return [Mutant(where, *change, tests) for change
 
 
 MATHS, MODEL, PROPERTIES, HAND, PACKING = (f"test_{name}.py -k " for name in ("maths", "model", "properties", "by_hand", "packing"))
+OWN, SEALS, DATA, LAUNCH = (f"test_{name}.py -k " for name in ("ownership", "seals", "data_only", "launch"))
 TWO = "test_processes.py -k gradients_of_two"
 
 MUTANTS = [
@@ -316,6 +317,49 @@ MUTANTS = [
     *of("world.summarise", MATHS + "summary",
         ("share of the true", 'total("false_objects"), total("true_objects")', 'total("true_objects"), total("false_objects")'),
         ("sum of recalls", "sum(v.recall for v in verdicts) / n", "sum(v.recall for v in verdicts)")),
+    # --- what a run removes, writes over, reads and believes
+    *of("files.remove", OWN + "'stage_removes or remove_takes or links or remains'",
+        ("links are followed", "if folder.is_symlink() or not folder.is_dir():", "if not folder.is_dir():"),
+        ("also while somebody writes", "if _nobody_writes(folder):", "if True:"),
+        ("whatever stands there", '[*sealed["files"], MANIFEST] if sealed else []', 'os.listdir(folder)'),
+        ("nothing at all", '[*sealed["files"], MANIFEST] if sealed else []', "[]")),
+    *of("files._inside", OWN + "leads_nowhere",
+        ("upwards", '".." not in name.split("/")', "True"), ("from the root", 'not name.startswith("/")', "True")),
+    *of("files._unlink", OWN + "leads_nowhere", ("through links", "any(p.is_symlink() for p in above)", "False")),
+    *of("files.manifest", OWN + "stage_removes", ("any manifest", 'record.get("made_by") != SIGNATURE', "False")),
+    *of("files.make_room", OWN + "foreign_folder", ("all of it", "        remove(folder)", "        shutil.rmtree(folder)")),
+    *of("files.known_file", OWN + "record_knows", ("anything is ours", "digest(path) in before", "True")),
+    *of("files.write_known", OWN + "record_knows", ("the file comes first", "[*before, new]", "before")),
+    *of("files.changed", "test_runs.py -k damaged_checkpoint", ("sizes alone", "known_digest(file) != was", "False")),
+    *of("files.read_picture", DATA + "'program or pixels or formats'",
+        ("any format", "Image.open(f, formats=FORMATS)", "Image.open(f)"),
+        ("any size", "img.width * img.height > MOST_PIXELS", "False")),
+    *of("files.parse_record", "test_seals.py -k surrogate", ("halves of signs", "return row, f\"half", "return row, None and f\"half")),
+    *of("settings.open_regular", DATA + "are_no_files", ("pipes, too", "not stat.S_ISREG(s.st_mode)", "False")),
+    *of("settings.check_launch", LAUNCH + "launcher_variables",
+        ("a rank beyond the others", "if rank >= world:", "if False:"),
+        ("other launchers", "env_number(name, world, 1) != world", "False")),
+    *of("settings.check_numbers", LAUNCH + "numbers_beyond",
+        ("any float", "LEAST <= abs(value) <= MOST", "True"), ("any integer", "abs(value) > MOST_COUNT", "False")),
+    *of("settings._missing", LAUNCH + "numbers", ("question marks are a value", 'if values == "???":', "if False:")),
+    *of("launch.environment", LAUNCH + "variables_on_record", ("nothing counts", "k.startswith(COUNTING)", "False")),
+    *of("launch._sign", LAUNCH + "'silent or stopped or left_well'",
+        ("silence is golden", "now - since > SILENCE", "False"),
+        ("who left is missed", 'or sign == b"left"', "")),
+    *of("launch.share", LAUNCH + "shared_decisions", ("each for itself", "if self.rank == 0:", "if True:")),
+    *of("cli.prepare", DATA + "torch_load_of_others", ("others may unpickle", '_LOAD"] = "1"', '_LOAD"] = "0"')),
+    *of("checkpoints.load_model", DATA + "remote_code", ("always trusted", "trust_remote_code=trust_remote_code", "trust_remote_code=True")),
+    *of("checkpoints.save_tensors", OWN + "foreign_weights", ("whoever wrote it", "_owner(path) is None", "False")),
+    *of("checkpoints.log_rows", OWN + "foreign_metric", ("any file", "if fault:", "if False:")),
+    *of("checkpoints.last_whole", SEALS + "in_the_middle", ("of anybody", 'found["of"] != of', "False")),
+    *of("checkpoints.drawing", SEALS + "gives_the_same", ("whatever was drawn before", "torch.manual_seed(seed)", "pass")),
+    *of("checkpoints.MetricLog.__init__", SEALS + "were_lost", ("what is there", "there if rows is None else rows", "there")),
+    *of("runs._ours", OWN + "not_taken", ("any folder", "has_record(entry) or only_log(entry)", "True")),
+    *of("runs.whole", SEALS + "another_seed", ("seals are not read", 'fault = changed(folder, record["files"])', "fault = None")),
+    *of("rollout.finite", SEALS + "sampling_notices", ("it may be NaN", "shares[:, 0].isfinite().all()", "True")),
+    *of("ppo.collect", SEALS + "rolled_back", ("made of nothing", "if roll is None:", "if False:")),
+    *of("evaluate.finished_report", SEALS + "changed_report",
+        ("figures are believed", 'figures_digest(report) != info.get("figures")', "False")),
 ]
 
 

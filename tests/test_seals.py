@@ -151,6 +151,21 @@ def test_edited_pairs(capsys, smoke_run, tmp_path):
     assert "edited" in refused(capsys, *smoke("reward", tmp_path / "run")), "and back again"
 
 
+@pytest.mark.parametrize("key", ["prompt", "chosen", "rejected", "image", "note"])
+@pytest.mark.parametrize("half", ["\\ud83d", "\\udc00 ."])
+def test_half_a_surrogate_pair(tmp_path, key, half):
+    "No text holds that, wherever it stands in a record; a whole pair is a sign like any other."
+    row = dict(image="blank", prompt="describe .", chosen="a cat .", rejected="a cup .", note="x")
+    for text, good in ((half, False), ("\\ud83d\\udc31", True)):
+        line = json.dumps(row | {key: "@"}).replace('"@"', f'"{text}"')
+        (tmp_path / "pairs.jsonl").write_text(line + "\n")
+        if good:
+            assert read_jsonl(tmp_path / "pairs.jsonl")[0][key] == "\U0001f431"
+        else:
+            with pytest.raises(UserError, match="line 1: half of a surrogate pair"):
+                read_jsonl(tmp_path / "pairs.jsonl")
+
+
 def test_one_pair(smoke_run, tmp_path):
     "It has no spread from which a scale could be taken: the reward model is made all the same, and is finite."
     copy_stages(smoke_run, tmp_path / "run", "sft", "preferences")

@@ -21,7 +21,7 @@ import threading
 import time
 from pathlib import Path
 from safetensors import SafetensorError
-from .settings import (UserError, alone, check_launch, home, is_main, load_layers, load_settings, nearest, notice,
+from .settings import (Settings, UserError, alone, check_launch, home, is_main, load_layers, load_settings, nearest, notice,
                        scales)
 
 # %% ../nbs/91_cli.ipynb #sections
@@ -64,7 +64,7 @@ def _folder(text: str) -> str:
 # %% ../nbs/91_cli.ipynb #parser
 def build_parser() -> argparse.ArgumentParser:
     "The command line."
-    s = load_settings()
+    s = Settings() if os.environ.get("VLMRLHF_ARM") else load_settings()   # an arm is told everything
     parser = Parser("vlmrlhf", description="RLHF for vision-language models, from SFT to report.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
     for verb, text in (("run", "all stages, then the report"), ("sft", "supervised fine-tuning"), ("preferences", "preference data"),
@@ -262,11 +262,12 @@ def execute(args) -> int:
     if inherited() is None:
         load_layers(args.scale, args.set)   # a mistake in these is said before PyTorch is loaded
     import torch
-    from vlmrlhf_course.launch import keep_memory, peers
+    from vlmrlhf_course.launch import keep_memory, make_accelerator, peers
     torch.set_num_threads(args.threads)
     keep_memory()
     if not alone():
         peers()                             # now, so that a process that never comes is missed at once
+    make_accelerator()                      # what it refuses is refused before anything is written
     if args.verb == "pretrain":
         from vlmrlhf_course.pretrain import pretrain
         pretrain(home(args.out, "--out") if args.out else "pretrained", seed=args.seed)
@@ -345,7 +346,7 @@ def prepare():
     if os.environ.get("VLMRLHF_ARM"):
         end_with_parent()
     if not is_main():
-        sys.stdout = open(os.devnull, "w")   # of several processes one speaks
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")   # of several processes one speaks
 
 # %% ../nbs/91_cli.ipynb #entry-3
 def main(argv: list[str] | None = None) -> int:

@@ -27,7 +27,7 @@ COUNTING = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "ATEN_CPU_CAPABILITY"
             "OPENBLAS_CORETYPE", "PYTORCH_ENABLE_MPS_FALLBACK",
             "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TORCH_BLAS_PREFER_",
             "TORCH_CUDNN_V8_API_DISABLED", "XLA_DOWNCAST_BF16", "XLA_USE_BF16")
-SILENT = ("", "0", "no", "none", "false", "off")   # what stands for: not set
+SILENT = ("", "0", "no", "none", "false", "off", "default")   # what stands for: not set
 
 
 def environment() -> dict[str, str]:
@@ -169,7 +169,7 @@ def make_accelerator() -> Accelerator:
         accelerator = Accelerator(cpu=cpu, kwargs_handlers=handlers)
         torch.empty(1, device=accelerator.device)   # which a variable may have chosen
         return accelerator
-    except (ValueError, KeyError, RuntimeError, AssertionError) as e:   # what libraries say of a variable that they cannot use
+    except (ValueError, KeyError, RuntimeError, AssertionError, ImportError) as e:   # what libraries say of a variable that they cannot use
         if not environment() or lost_peer(e):
             raise
         set_here = ", ".join(f"{k}={v}" for k, v in environment().items())

@@ -71,8 +71,8 @@ def lock(folder: Path, meanwhile=lambda: None):
     held = os.open(folder, os.O_RDONLY)
     try:
         while not _locked(held):
-            notice(f"{folder}: another process is at work there; waiting for it")
             meanwhile()
+            notice(f"{folder}: another process is at work there; waiting for it")
             time.sleep(.1)
     except BaseException:
         os.close(held)
@@ -178,7 +178,7 @@ class Run:
                  layers: dict | None = None):
         self.skipped = {} if skip_bad else None   # records left out: place → fault
         self.folder, self.scale, self.seed = Path(folder), scale, seed
-        self.layers, self.used = layers or load_layers(scale, overrides), {"seed": seed}
+        self.layers, self.used = load_layers(scale, overrides) if layers is None else layers, {"seed": seed}
         if around := environment():
             self.used["environment"] = around
 
