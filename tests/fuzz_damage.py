@@ -7,6 +7,8 @@ import shutil
 import stat
 from pathlib import Path
 
+from vlmrlhf_course import files
+
 SMALL = ("sft.projector.steps=2 sft.projector.save_every=1 sft.projector.batch=4 "
          "sft.language.steps=3 sft.language.save_every=1 sft.language.batch=4 "
          "preferences.prompts=12 preferences.validation=8 reward.fit.batch=4 "
@@ -117,6 +119,8 @@ def seal_again(folder: Path):
             for name in was["files"]:
                 data = (record.parent / name).read_bytes()
                 was["files"][name] = [len(data), hashlib.sha256(data).hexdigest()]
+            if "sum" in was:
+                was["sum"] = files.sum_of(was)
             record.write_text(json.dumps(was))
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             pass

@@ -359,6 +359,12 @@ class TestSkipBad:
 # --- models ---------------------------------------------------------------------------------------------------------
 
 def edit_json(file, **values): file.write_text(json.dumps(json.loads(file.read_text()) | values))
+def edit_record(file, **values):
+    "Change a stage's record, and renew the sum in it."
+    record = json.loads(file.read_text()) | values
+    file.write_text(json.dumps(record | dict(sum=files.sum_of(record))))
+
+
 def edit_weights(file, edit):
     with safe_open(file, "pt") as f: header = f.metadata()
     save_file(edit(load_file(file)), file, metadata=header)
@@ -519,12 +525,13 @@ class TestDamagedRun:
         spoil(at := spoiled / file)
         if at.is_file():
             record = at.with_name("done.json")
-            edit_json(record, files=json.loads(record.read_text())["files"] | {at.name: files.digest(at)})
+            edit_record(record, files=json.loads(record.read_text())["files"] | {at.name: files.digest(at)})
         self.refused(capsys, smoke_run, spoiled, file, verb, words)
 
     @pytest.mark.parametrize("file, spoil, verb, words", [
         ("report.json", lambda f: f.write_text("{"), "run", ["not what this run wrote", "delete it"]),
         ("preferences/done.json", lambda f: edit_json(f, uses=dict(seed=5)), "reward", ["preferences", "other settings"]),
+        ("reward/done.json", lambda f: edit_json(f, pair_accuracy=dict(labels=.999, gold=.999)), "evaluate", ["done.json: has changed"]),
         ("preferences/done.json", lambda f: edit_json(f, files=3), "reward", ["no list of the stage's files"])])
     def test_records(self, capsys, smoke_run, spoiled, file, spoil, verb, words):
         spoil(spoiled / file)

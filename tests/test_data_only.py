@@ -120,7 +120,7 @@ def test_a_pickle_in_a_result(capsys, smoke_run, tmp_path, file, sealed):
                 inner.unlink()
                 files.seal(inner.parent, of)
             record["files"][name] = files.digest(inner)
-        done.write_text(json.dumps(record))
+        done.write_text(json.dumps(record | dict(sum=files.sum_of(record))))
     line = refused(capsys, "evaluate", "--scale", "smoke", "--out", tmp_path / "run")
     assert not (tmp_path / "executed").exists() and str(tmp_path / "run" / file.split("/")[0]) in line
 

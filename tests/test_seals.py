@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SCENE, SMALL
-from test_bad_inputs import edit_json, refused, tree
+from test_bad_inputs import edit_json, edit_record, refused, tree
 from test_cli import interrupted, same_files, stop_at
 from test_properties import small_ppo
 
@@ -88,7 +88,7 @@ def test_of_another_arm(capsys, smoke_run, tmp_path, sealed):
     shutil.copy(smoke_run / "ppo_rm" / "actor.safetensors", tmp_path / "run" / "ppo" / "actor.safetensors")
     if sealed:
         sums = json.loads((smoke_run / "ppo_rm" / "done.json").read_text())["files"]
-        edit_json(tmp_path / "run" / "ppo" / "done.json", files=sums)
+        edit_record(tmp_path / "run" / "ppo" / "done.json", files=sums)
         shutil.copy(smoke_run / "ppo_rm" / "metrics.jsonl", tmp_path / "run" / "ppo" / "metrics.jsonl")
     line = refused(capsys, *smoke("evaluate", tmp_path / "run"))
     assert str(tmp_path / "run" / "ppo") in line and ("changed" in line or "another run" in line)

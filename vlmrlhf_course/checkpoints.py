@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['reading', 'load_model', 'load_tensors', 'save_folder', 'save_tensors', 'clear_checkpoints', 'clear', 'last_whole',
-           'Checkpoints', 'StepGuard', 'log_rows', 'MetricLog', 'drawing', 'seed_of', 'mean_of', 'progress']
+           'Checkpoints', 'StepGuard', 'log_rows', 'own_log', 'MetricLog', 'drawing', 'seed_of', 'mean_of', 'progress']
 
 # %% ../nbs/98_checkpoints.ipynb #imports
 import hashlib
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from fastcore.basics import patch
 from .files import (SIGNATURE, aside, damage, half_written, jsonl, manifest, parse_record, remove, seal, sweep,
-                    to_disk, write_jsonl)
+                    to_disk, write_jsonl, write_text)
 from .launch import lost_peer, share, together
 from .settings import UserError, is_main, notice, read_text
 
@@ -93,7 +93,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, of: str = ""):
     if is_main():
         if os.path.lexists(path):
             with reading(path, "it is not ours to write over; move it away, and the same command goes on"):
-                if _owner(path) is None:
+                if _owner(path) != of:
                     raise ValueError("weights that something else has written")
         with aside(path) as new:
             save_file({k: v.contiguous() for k, v in tensors.items()}, new, {SIGNATURE: of})
@@ -143,6 +143,11 @@ class Checkpoints:
         names = [p.name[5:] for p in self.folder.glob("step-*")]
         return sorted(int(n) for n in names if n.isdecimal())
 
+    def own_steps(self) -> list[int]:
+        "Of the checkpoints those that are ours, by their manifests."
+        found = {step: manifest(self.folder / f"step-{step}") for step in self.steps()}
+        return [step for step, record in found.items() if record and record["of"] == self.of]
+
     def clear(self): clear(self.folder)
 
     def save(self, step: int, metrics: list[dict] | None = None):
@@ -152,7 +157,8 @@ class Checkpoints:
         except (OSError, RuntimeError, SafetensorError) as e:   # what Python, torch and safetensors say of a full disk
             if lost_peer(e):
                 raise
-            safe = f"the one after step {max(self.steps())} is whole" if self.steps() else "there is none before it"
+            own = self.own_steps()
+            safe = f"the one after step {own[-1]} is whole" if own else "there is none before it"
             raise UserError(f"{self.folder}: the checkpoint after step {step} cannot be written ({str(e).splitlines()[0]}), but {safe}: "
                             "make room on the disk, and the same command continues") from None
 
@@ -172,7 +178,7 @@ def _save(self: Checkpoints, step, metrics):
         to_disk(place)
         self._make_room(self.folder / place.name)
         os.replace(place, self.folder / place.name)
-    for old in self.steps()[:-self.keep]:
+    for old in self.own_steps()[:-self.keep]:
         remove(self.folder / f"step-{old}")
     self.accelerator.wait_for_everyone()
 
@@ -251,6 +257,16 @@ def log_rows(file: Path) -> list[dict]:
         rows.append(row)
     return rows
 
+
+def own_log(file: Path, start: int):
+    "Take a file for a log that `start` steps are in already, by a record of it. Raises UserError where another log stands there."
+    mark = file.with_name("log.json")
+    if mark.is_file() or file.with_name("begun.json").is_file():
+        return
+    if start == 0 and os.path.lexists(file):
+        raise UserError(f"{file}: a log that something else has written; move it away, and the same command goes on")
+    write_text(mark, json.dumps(dict(made_by=SIGNATURE)))
+
 # %% ../nbs/98_checkpoints.ipynb #metrics
 class MetricLog:
     """Metrics to `metrics.jsonl` and TensorBoard in `folder`; `start` is the number of steps already done, `rows` what a
@@ -260,6 +276,7 @@ class MetricLog:
         if not main:
             return
         there = log_rows(self.path)
+        own_log(self.path, start)
         self.rows = [r for r in (there if rows is None else rows) if r["step"] < start]
         if rows is not None and jsonl([r for r in there if r["step"] < start]) != jsonl(self.rows):
             notice(f"{self.path}: not as it was at the checkpoint after step {start}; the metrics are taken from there")
@@ -279,8 +296,12 @@ class MetricLog:
                 self.board.add_scalar(name, value, step)
 
     def close(self):
-        if self.main:
-            self.board.close()
+        if not self.main:
+            return
+        self.board.close()
+        if not self.path.is_file() or self.path.read_bytes() != jsonl(self.rows).encode():
+            notice(f"{self.path}: something else has changed it meanwhile; it is written again")
+            write_jsonl(self.path, self.rows)
 
 # %% ../nbs/98_checkpoints.ipynb #small
 @contextmanager

@@ -115,7 +115,10 @@ def record_settings(run):
 def inherited() -> dict | None:
     "The configuration that an arm gets from the run which started it: files may have changed since. None: this is no arm."
     text = os.environ.get("VLMRLHF_LAYERS") if os.environ.get("VLMRLHF_ARM") else None
-    return json.loads(text) if text else None
+    try:
+        return json.loads(text) if text else None
+    except ValueError:
+        raise UserError("VLMRLHF_LAYERS in the environment is no JSON: unset it, and VLMRLHF_ARM") from None
 
 # %% ../nbs/91_cli.ipynb #arms
 def _rows(file: Path) -> int: return file.read_bytes().count(b"\n") if file.is_file() else 0
@@ -176,7 +179,7 @@ class Arm:
 
     def _keep(self, raw):
         try:
-            with open(self.log, "ab") as f:
+            with open(os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "ab") as f:
                 f.write(raw)
         except OSError:
             pass   # a full disk, say: what it was is said on the terminal
@@ -214,7 +217,8 @@ def end_with_parent():
     "Let this process end as soon as the one that holds the other end of its standard input does."
     def watch():
         os.read(0, 1)
-        os._exit(1)
+        print("vlmrlhf: this is an arm (VLMRLHF_ARM is set), and the run that started it has ended", file=sys.stderr, flush=True)
+        os._exit(3)
     threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/91_cli.ipynb #run-all
@@ -340,6 +344,7 @@ def prepare():
                  HF_HUB_DISABLE_PROGRESS_BARS="1")
     for key, value in quiet.items():
         os.environ.setdefault(key, value)
+    os.environ["MPLBACKEND"] = "agg"
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"   # whoever calls torch.load, and however: no pickle that can run code
     check_launch()

@@ -6,7 +6,8 @@
 __all__ = ['ARMS', 'NAMES', 'COLUMNS', 'STYLE', 'REPORT', 'bootstrap_interval', 'EvaluateConfig', 'detail_prompts', 'figures',
            'speak', 'speak_greedily', 'best_of_n', 'false_words', 'mark_html', 'before_after_figure', 'png',
            'over_optimisation_figure', 'training_figure', 'evaluate_run', 'text_table', 'first_false', 'scene_uri',
-           'report_html', 'curve', 'figures_digest', 'finished_report', 'begin_evaluation', 'evaluate_stage']
+           'report_html', 'plain_figures', 'curve', 'figures_digest', 'finished_report', 'report_files',
+           'begin_evaluation', 'evaluate_stage']
 
 # %% ../nbs/11_evaluate.ipynb #imports
 import base64
@@ -16,6 +17,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
+import matplotlib
 import torch
 from matplotlib.figure import Figure
 from .hallucination import hallucinations, overall_rate, pope
@@ -278,6 +280,11 @@ def report_html(result: dict, said: dict[str, list[str]], scenes: list[Scene], p
 <h2>What the models say (false words marked)</h2>{cards}{images}<h2>All figures</h2><pre>{html.escape(json.dumps(result, indent=1))}</pre>"""
 
 # %% ../nbs/11_evaluate.ipynb #stage
+def plain_figures():
+    "Matplotlib as it comes: a matplotlibrc in the working directory, or another one, changes nothing in a report."
+    matplotlib.rcdefaults()
+
+
 def curve(file) -> list[dict]:
     "Rows of a metric log that can be drawn: without the iterations that could not sample."
     keys = ("step", "kl", "reward", "true_score")
@@ -300,26 +307,30 @@ def finished_report(run: Run, uses: dict) -> dict:
     if lost:
         notice(f"{lost[0]} is gone: made again")
         return {}
+    ours = report_files(run)
+    for name in REPORT:
+        file = run.folder / name
+        if not (file.is_file() and digest(file) in ours.get(f"../{name}", ())):
+            raise UserError(f"{file}: not what this run wrote; move it away, or delete it, and it is made again")
     run.whole("evaluate")
-    file, info = run.folder / "report.json", run.info("evaluate")
-    try: report = json.loads(read_text(file))
-    except (OSError, ValueError, RecursionError): report = None
-    if not isinstance(report, dict) or figures_digest(report) != info.get("figures"):
-        raise UserError(f"{file}: not what this run wrote; move it away, or delete it, and it is made again")
-    return report
+    return json.loads(read_text(run.folder / "report.json"))
 
 # %% ../nbs/11_evaluate.ipynb #stage-2
+def report_files(run: Run) -> dict:
+    "What an evaluation that is done has written, as far as it is as it was: name → digests."
+    record, report = run.path("evaluate") / "done.json", run.folder / "report.json"
+    if not record.is_file(): return {}
+    info = read_record(record)
+    sums = info.get("files")
+    files = {name: [was] for name, was in (sums if isinstance(sums, dict) else {}).items()}
+    try: known = figures_digest(json.loads(read_text(report))) == info.get("figures")
+    except (OSError, ValueError, AttributeError, RecursionError): known = False
+    return files | {"../report.json": [digest(report)]} if known else files
+
+
 def begin_evaluation(run: Run, uses: dict):
     "Begin the evaluation, also where it was done before: what of its files is still as it was written may be written over."
-    record, files = run.path("evaluate") / "done.json", {}
-    if record.is_file():
-        info, report = read_record(record), run.folder / "report.json"
-        sums = info.get("files")
-        files = {name: [was] for name, was in (sums if isinstance(sums, dict) else {}).items()}
-        try: known = figures_digest(json.loads(read_text(report))) == info.get("figures")
-        except (OSError, ValueError, AttributeError, RecursionError): known = False
-        if known: files["../report.json"] = [digest(report)]
-    run.begin("evaluate", uses, files)
+    run.begin("evaluate", uses, lambda: report_files(run))
     record, foreign = run.path("evaluate") / "begun.json", []
     for name in REPORT:
         try: known_file(record, run.folder / name)
@@ -341,6 +352,7 @@ def evaluate_stage(
     begin_evaluation(run, uses)
     result, said, scenes = evaluate_run(run, cfg)
     shown = first_false(said["sft"], scenes, 3)
+    plain_figures()
     three = before_after_figure([scenes[i] for i in shown], {f"{NAMES[k]}:": [said[k][i] for i in shown] for k in ("sft", "ppo")})
     picture = io.BytesIO()
     three.savefig(picture, format="png", dpi=100, bbox_inches="tight")

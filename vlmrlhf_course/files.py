@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'SIGNATURE', 'MARK', 'FORMATS', 'MOST_PIXELS', 'digest', 'digest_of', 'digest_of_records', 'seal',
-           'manifest', 'damage', 'whole', 'changed', 'known_digest', 'remove', 'sweep', 'to_disk', 'half_written',
-           'aside', 'make_room', 'write_bytes', 'write_text', 'write_jsonl', 'jsonl', 'write_known', 'known_file',
-           'read_jsonl', 'parse_record', 'read_picture']
+           'manifest', 'damage', 'added', 'whole', 'changed', 'known_digest', 'sum_of', 'remove', 'sweep', 'to_disk',
+           'half_written', 'aside', 'make_room', 'write_bytes', 'write_text', 'write_jsonl', 'jsonl', 'write_known',
+           'known_file', 'read_jsonl', 'parse_record', 'read_picture']
 
 # %% ../nbs/96_files.ipynb #imports
 import errno
@@ -49,17 +49,18 @@ def digest_of_records(file: Path) -> list:
 MANIFEST, SIGNATURE = "manifest.json", "vlmrlhf_course"
 
 
-def seal(folder: Path, of: str = ""):
-    "Write a manifest of the files in `folder`: what fits it is whole, and belongs to `of`."
-    every = sorted(f for f in folder.rglob("*") if f.is_file())
-    sums = {f.relative_to(folder).as_posix(): digest(f) for f in every}
+def seal(folder: Path, of: str = "", names: tuple[str, ...] | None = None):
+    "Write a manifest of the files in `folder` (of all, or of these): what fits it is whole, and belongs to `of`."
+    every = names or sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
+    sums = {name: known_digest(folder / name) for name in every if name != MANIFEST}
     record = dict(made_by=SIGNATURE, of=of, files=sums)
     (folder / MANIFEST).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 def _inside(name) -> bool:
     "Is this the name of a file below the folder, and not a way out of it?"
-    return isinstance(name, str) and bool(name) and not name.startswith("/") and ".." not in name.split("/")
+    good = isinstance(name, str) and bool(name) and "\0" not in name
+    return good and not name.startswith("/") and ".." not in name.split("/")
 
 
 def manifest(folder: Path) -> dict | None:
@@ -85,16 +86,23 @@ def damage(folder: Path, of: str | None = None) -> str | None:
     return changed(folder, record["files"])
 
 
-def whole(folder: Path, of: str) -> bool:
-    "Is a sealed folder there? Raises UserError where it is, and is damaged or somebody else's."
+def added(folder: Path) -> str | None:
+    "A file in a sealed folder that its manifest does not know, in words: a library may read what lies beside a model."
+    known = {MANIFEST, *manifest(folder)["files"]}
+    more = [f for f in sorted(folder.rglob("*")) if not f.is_dir() and f.relative_to(folder).as_posix() not in known]
+    return f"{more[0].relative_to(folder)} was added" if more else None
+
+
+def whole(folder: Path, of: str, closed: bool = True) -> bool:
+    "Is a sealed folder there? Raises UserError where it is damaged or somebody else's, or (`closed`) something was added to it."
     if not os.path.lexists(folder):
         return False
-    fault = damage(folder, of)
+    fault = damage(folder, of) or (closed and added(folder))
     if fault:
         raise UserError(f"{folder}: {fault}; put it back, or move it away, and it is made again")
     return True
 
-
+# %% ../nbs/96_files.ipynb #seal-2-2
 def changed(folder: Path, files: dict) -> str | None:
     "The first of some files (name → digest) that is not as it was, in words; None where all are."
     for name, was in files.items():
@@ -113,12 +121,17 @@ _digests = {}   # file → its stamp, and the digest that it had then
 
 # %% ../nbs/96_files.ipynb #seal-3
 def known_digest(file: Path) -> list:
-    "Size and SHA-256 of a file, computed once while its time, size and inode stay the same."
+    "Size and SHA-256 of a file, computed once while its times and size stay the same, also under another name."
     s = file.stat()
-    stamp = s.st_mtime_ns, s.st_ctime_ns, s.st_size, s.st_ino
-    if _digests.get(file, (None,))[0] != stamp:
-        _digests[file] = stamp, digest(file)
-    return _digests[file][1]
+    key, stamp = (s.st_dev, s.st_ino), (s.st_mtime_ns, s.st_ctime_ns, s.st_size)
+    if _digests.get(key, (None,))[0] != stamp:
+        _digests[key] = stamp, digest(file)
+    return _digests[key][1]
+
+
+def sum_of(record: dict) -> str:
+    "A digest of a stage's record, but for the digest in it."
+    return digest_of({k: v for k, v in record.items() if k != "sum"})
 
 # %% ../nbs/96_files.ipynb #remove
 MARK = ".half-written"
@@ -143,7 +156,8 @@ def remove(folder: Path):
     """Remove what we have made in `folder`, known by its record; what no record names stays, and so do the folders that hold it.
 
     A half-written folder goes as a whole (it is marked, and whoever wrote it is gone), of a sealed one the
-    files of its manifest, an empty one, and a file in a half-written folder. Links are not followed.
+    files of its manifest that are still as they were, an empty one, and a file in a half-written folder.
+    Links are not followed.
     Nothing else in the package deletes."""
     folder = Path(folder)
     if folder.is_file() and any((p / MARK).is_file() for p in folder.parents[:2]):
@@ -155,18 +169,18 @@ def remove(folder: Path):
             shutil.rmtree(folder, ignore_errors=True)
         return
     sealed = manifest(folder)
-    for name in [*sealed["files"], MANIFEST] if sealed else []:
-        _unlink(folder, name)
+    for name, was in (sealed["files"] | {MANIFEST: None}).items() if sealed else ():
+        _unlink(folder, name, was)
     _remove_if_empty(folder)
 
 
-def _unlink(folder, name):
-    "Remove one file of a manifest and the folders that it leaves empty; nothing behind a link."
+def _unlink(folder, name, was):
+    "Remove one file of a manifest (`was`: its digest there), and the folders that it leaves empty; nothing behind a link."
     file = folder / name
     above = [p for p in file.parents if p != folder and folder in p.parents]
-    if any(p.is_symlink() for p in above):
+    if any(p.is_symlink() for p in [*above, file]) or not file.is_file() or was not in (None, known_digest(file)):
         return
-    file.unlink(missing_ok=True)
+    file.unlink()
     for parent in above:
         _remove_if_empty(parent)
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration, SiglipVisionModel
-from .runs import RUN, claim, clear_checkpoints, digest_of, read_jsonl, save_folder, whole, write_known
+from .runs import RUN, claim, clear_checkpoints, digest_of, lock, read_jsonl, save_folder, unlock, whole, write_known
 from .sft import FitConfig, SFTTask, careless, fit
 from .vlm import VLM, VLMConfig, build_model, build_processor
 from .world import COLOURS, NOUNS, RELATIONS, SIZES, Prompt, Scene, WorldConfig, draw, make_prompt, sample_scenes
@@ -128,6 +128,7 @@ def pretrain(
     folder = Path(folder)
     of = digest_of(["pretrain", seed, asdict(cfg), asdict(model)])
     claim(folder)
+    lock(folder)
     vlm = VLM(build_model(model), build_processor(model))
     if not whole(folder / "tower", of):
         fit(TowerTask(vlm, sample_scenes(cfg.tower_scenes)), tower_items(cfg.tower_scenes, cfg.tower.batch), cfg.tower,
@@ -147,5 +148,7 @@ def pretrain(
         vlm.model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(folder / f"after-{name}").state_dict())
     language = LlamaForCausalLM(vlm.language.config)
     language.model.load_state_dict(vlm.language.state_dict()), language.lm_head.load_state_dict(vlm.model.lm_head.state_dict())
-    save_folder(folder / "language", language.save_pretrained, of=of)
+    if not whole(folder / "language", of):
+        save_folder(folder / "language", language.save_pretrained, of=of)
     write_known(folder / RUN, folder / "record.json", (json.dumps(record(folder), indent=1) + "\n").encode())
+    unlock(folder)

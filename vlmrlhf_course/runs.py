@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FULL', 'RUN', 'LOG', 'read_record', 'same_settings', 'lock', 'unlock', 'locked', 'claim', 'run_record', 'has_record',
-           'only_log', 'Run', 'course_run']
+           'only_log', 'remains', 'Run', 'made_with', 'course_run']
 
 # %% ../nbs/90_runs.ipynb #imports
 import errno
@@ -18,15 +18,16 @@ from dataclasses import asdict
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+import torch
 from fastcore.basics import patch
 # What chapters want of this kind they ask here for, so that they need not know where it stands:
 from .checkpoints import (Checkpoints, MetricLog, StepGuard, clear_checkpoints, drawing, load_model, load_tensors,
                           mean_of, progress, reading, save_folder, save_tensors, seed_of)
-from .files import (MANIFEST, SIGNATURE, changed, damage, digest, digest_of, digest_of_records, jsonl, known_file, read_jsonl,
-                    sweep, whole, write_jsonl, write_known, write_text)
+from .files import (MANIFEST, MARK, SIGNATURE, added, changed, damage, digest, digest_of, digest_of_records, jsonl,
+                    known_file, read_jsonl, remove, seal, sum_of, sweep, whole, write_jsonl, write_known, write_text)
 from .launch import environment, keep_memory, lost_peer, make_accelerator, share, together
-from .settings import (Settings, UserError, alone, build_config, check_choices, check_mixture, check_ranges, home,
-                       is_main, load_layers, load_settings, nearest, notice, open_regular, read_text, scales)
+from .settings import (Settings, UserError, alone, build_config, check_choices, check_mixture, check_ranges, env_number,
+                       home, is_main, load_layers, load_settings, nearest, notice, open_regular, read_text, scales)
 
 # %% ../nbs/90_runs.ipynb #record
 def read_record(file: Path) -> dict:
@@ -120,6 +121,9 @@ def claim(folder: Path):
     try:
         with locked(folder):
             _claim(folder, folder / RUN)
+            for part in folder.glob(".part-*"):
+                if remains(part):
+                    remove(part)
     except OSError as e:
         if e.errno in FULL:
             raise
@@ -158,7 +162,7 @@ def _ours(entry: Path) -> bool:
         return False
     if (entry / RUN).is_file():
         return bool(run_record(entry / RUN))
-    return entry.name.startswith(".part-") or has_record(entry) or only_log(entry)
+    return remains(entry) or has_record(entry) or only_log(entry)
 
 
 def has_record(stage: Path) -> bool:
@@ -169,7 +173,13 @@ def has_record(stage: Path) -> bool:
 
 def only_log(stage: Path) -> bool:
     "Is a folder empty, but for the log of the process that is to make the stage, and for what a crash left?"
-    return all(f.name == LOG or f.name.startswith(".part-") for f in stage.iterdir())
+    return all(f.name == LOG and f.is_file() and not f.is_symlink() or remains(f) for f in stage.iterdir())
+
+
+def remains(entry: Path) -> bool:
+    "Is this what a crash of ours has left: a half-written folder with its mark, or one that was just made?"
+    named = entry.name.startswith(".part-") and entry.is_dir() and not entry.is_symlink()
+    return named and ((entry / MARK).is_file() or not any(entry.iterdir()))
 
 # %% ../nbs/90_runs.ipynb #run
 class Run:
@@ -222,12 +232,16 @@ def _done(self: Run, stage, uses):
 
 
 @patch
-def begin(self: Run, stage: str, uses: dict, files: dict):
-    "Begin a stage, also one that was done before. `files` are its own already: name → digests."
+def begin(self: Run, stage: str, uses: dict, files=dict):
+    "Begin a stage, also one that was done before. `files()` are its own already: name → digests."
+    folder = self.path(stage)
+    done, begun = folder / "done.json", folder / "begun.json"
+    def same(): return [same_settings(f, uses) for f in (done, begun) if f.is_file()]
     def take():
         claim(self.folder)
-        lock(self.path(stage))
-        self._begin(self.path(stage), uses, files)
+        lock(folder, same)
+        same()
+        self._begin(folder, uses, files())
     share(take)
 
 # %% ../nbs/90_runs.ipynb #run-done-2
@@ -237,11 +251,25 @@ def _begin(self: Run, folder, uses, files):
     begun = folder / "begun.json"
     if begun.is_file():
         same_settings(begun, uses)
-        files = {**files, **(read_record(begun).get("files") or {})}
+        record = read_record(begun)
+        if record.get("made_with") != made_with():
+            raise UserError(f"{folder}: begun with {_in_words(record.get('made_with'))}, and this is {_in_words(made_with())}: go on as "
+                            f"it was begun, or move {folder} away, and the stage begins anew")
+        files = {**files, **(record.get("files") or {})}
     elif not has_record(folder) and not only_log(folder):
         raise UserError(f"{folder}: holds other things, and no record of a stage; move it away, or delete it")
-    write_text(begun, json.dumps(dict(uses=uses, files=files), indent=1))
+    write_text(begun, json.dumps(dict(uses=uses, made_with=made_with(), files=files), indent=1))
     sweep(folder)
+
+
+def made_with() -> dict[str, int]:
+    "What changes the last bits of sums, and no setting: a stage is not begun with one and continued with another."
+    return dict(processes=env_number("WORLD_SIZE", 1, 1), threads=torch.get_num_threads())
+
+
+def _in_words(made) -> str:
+    "`made_with` of a record."
+    return ", ".join(f"{v} {k}" for k, v in made.items()) if isinstance(made, dict) else "an unknown number of processes"
 
 # %% ../nbs/90_runs.ipynb #run-whole
 @patch
@@ -251,10 +279,13 @@ def whole(self: Run, stage: str) -> bool:
     remedy = f"put the file back, or delete {folder}, and the stage is made again"
     if not isinstance(record.get("files"), dict):
         raise UserError(f"{folder / 'done.json'}: no list of the stage's files; {remedy}")
+    if record.get("sum") != sum_of(record):
+        raise UserError(f"{folder / 'done.json'}: has changed; {remedy}")
     fault = changed(folder, record["files"])
-    sealed = [folder / name for name in record["files"] if Path(name).name == MANIFEST]
-    for inner in [] if fault else [m.parent for m in sealed]:
-        fault = fault or (damage(inner) and f"{inner.name}: {damage(inner)}")
+    for name in [] if fault else [n for n in record["files"] if Path(n).name == MANIFEST]:
+        inner = folder / Path(name).parent
+        wrong = damage(inner) or (not inner.name.startswith("fit-") and added(inner))
+        fault = fault or (wrong and f"{inner.name}: {wrong}")
     if fault:
         raise UserError(f"{folder}: {fault}; {remedy}")
     return True
@@ -319,8 +350,9 @@ def finish(self: Run, stage: str, uses: dict, files: tuple[str, ...] = (), edita
         sums = {name: digest(folder / name) for name in map(lambda n: _sealed(folder, n), files)}
         if editable:
             info["editable"] = {name: digest_of_records(folder / name) for name in editable}
-        begun = folder / "begun.json"
-        write_text(begun, json.dumps(dict(uses=uses, files=sums, **info), indent=1))
+        begun, record = folder / "begun.json", dict(uses=uses, made_with=made_with(), files=sums, **info)
+        record["sum"] = sum_of(json.loads(json.dumps(record)))
+        write_text(begun, json.dumps(record, indent=1))
         os.replace(begun, folder / "done.json")
         clear_checkpoints(folder)
         sweep(folder)

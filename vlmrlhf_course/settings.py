@@ -204,7 +204,10 @@ def load_layers(
     path = _scale_file(scale)
     from_file = _layer(path, lambda: OmegaConf.create(read_text(path)))
     from_line = _layer(f"--set {' '.join(overrides)}", lambda: OmegaConf.from_dotlist(list(overrides)))
-    return OmegaConf.to_container(OmegaConf.merge(from_file, from_line))
+    try:
+        return OmegaConf.to_container(OmegaConf.merge(from_file, from_line))
+    except (OmegaConfBaseException, TypeError, ValueError) as e:
+        raise UserError(f"--set {' '.join(overrides)}: does not go with {path} ({' '.join(str(e).split())[:120]})") from None
 
 
 def _scale_file(scale):

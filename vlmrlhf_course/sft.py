@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 from .runs import (Checkpoints, MetricLog, Run, StepGuard, UserError, check_mixture, check_ranges, clear_checkpoints, digest_of, drawing, load_model,
-                   make_accelerator, progress, seed_of, whole)
+                   make_accelerator, progress, seal, seed_of, whole)
 from .vlm import VLM, VLMConfig, answer, build_model, build_processor, load_vlm, save_vlm, token_logprobs
 from .world import KINDS, NUMBERS, Prompt, WorldConfig, describe, imagine, judge, make_prompt, sample_scenes, summarise
 
@@ -201,9 +201,10 @@ def train_sft(
         vlm.projector.requires_grad_(True)
         if not faithful: vlm.language.requires_grad_(True), vlm.model.lm_head.requires_grad_(True)
         of = digest_of(["sft", name, seed, asdict(cfg), asdict(world)])
-        if not whole(folder / name, of):
+        if not (whole(folder / name, of) and whole(folder / f"fit-{name}", of, closed=False)):
             at = sft_items(cfg, world, seed, faithful)
             fit(SFTTask(vlm), at, stage, folder / f"fit-{name}", f"SFT {name}", clear=False, seed=seed, of=of)
+            seal(folder / f"fit-{name}", of, ("metrics.jsonl",))
             save_vlm(vlm, folder / name, of)
             clear_checkpoints(folder / f"fit-{name}")   # now that the result is on the disk
         vlm.model.load_state_dict(load_vlm(folder / name).model.state_dict())
@@ -217,7 +218,7 @@ def sft_stage(run: Run) -> VLM:
     uses = run.uses("world", "sft")
     if not run.done("sft", uses):
         train_sft(pretrained_vlm(run.seed), cfg, world, run.path("sft"), run.seed)
-        run.finish("sft", uses, ("projector", "language", "fit-projector/metrics.jsonl", "fit-language/metrics.jsonl"))
+        run.finish("sft", uses, ("projector", "language", "fit-projector", "fit-language"))
     vlm = load_vlm(run.path("sft") / "language")
     vlm.model.requires_grad_(False)
     return vlm
