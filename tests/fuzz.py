@@ -118,7 +118,7 @@ class Case:
         self.cwd, self.home, self.elsewhere = (self.world / n for n in ("cwd", "home", "elsewhere"))
         for place in (self.cwd, self.home, self.elsewhere, self.world / "tmp", self.log):
             place.mkdir(parents=True)
-        self.canary = folder / "canary"
+        self.canary, self.resealed = folder / "canary", False   # resealed: every seal was renewed
         self.own: set[Path] = set()
         self.notes, self.statuses, self.noise = [], Counter(), Counter()
         self.violation, self.given = None, ""
@@ -234,7 +234,7 @@ class Case:
                 if before.get(path) or unread or {*path.parts} & {*SKIPPED_PARTS}:
                     continue   # a foreign file, or one that no later step reads
                 loose = bool(args.get("skip_bad")) and path.parent.name == "preferences"
-                if fault := unreadable(path, loose):
+                if not self.resealed and (fault := unreadable(path, loose)):
                     yield f"status 0, but damaged: {shape(path.relative_to(folder))}", fault
 
 

@@ -230,6 +230,7 @@ def damage(case):
             hurt(case, folder, path)
     if r.random() < .5:
         seal_again(folder)
+        case.resealed = True
         case.note("sealed again")
     go_on(case, base)
 
@@ -255,6 +256,7 @@ def code(case):
             case.note(f"pickle {path.relative_to(folder)}")
             evil_file(case, path, r.random() < .6)
         seal_again(folder)
+        case.resealed = True
     go_on(case, base)
 
 
@@ -292,6 +294,7 @@ def swap(case):
         case.own |= {p for p in a.rglob("*")}
     if r.random() < .3:
         seal_again(folder)
+        case.resealed = True
     go_on(case, base)
 
 

@@ -21,8 +21,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'vlmrlhf_course/checkpoints.py'),
                                             'vlmrlhf_course.checkpoints.Checkpoints.__init__': ( 'checkpoints.html#checkpoints.__init__',
                                                                                                  'vlmrlhf_course/checkpoints.py'),
-                                            'vlmrlhf_course.checkpoints.Checkpoints._make_room': ( 'checkpoints.html#checkpoints._make_room',
-                                                                                                   'vlmrlhf_course/checkpoints.py'),
                                             'vlmrlhf_course.checkpoints.Checkpoints._save': ( 'checkpoints.html#checkpoints._save',
                                                                                               'vlmrlhf_course/checkpoints.py'),
                                             'vlmrlhf_course.checkpoints.Checkpoints._write': ( 'checkpoints.html#checkpoints._write',

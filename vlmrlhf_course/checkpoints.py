@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from fastcore.basics import patch
-from .files import (SIGNATURE, aside, damage, half_written, jsonl, manifest, parse_record, remove, seal, sweep,
+from .files import (SIGNATURE, aside, damage, half_written, jsonl, make_room, manifest, parse_record, remove, seal, sweep,
                     to_disk, write_jsonl, write_text)
 from .launch import lost_peer, share, together
 from .settings import UserError, is_main, notice, read_text
@@ -176,21 +175,11 @@ def _save(self: Checkpoints, step, metrics):
         self._write(place, metrics)
         seal(place, self.of)
         to_disk(place)
-        self._make_room(self.folder / place.name)
+        make_room(self.folder / place.name)
         os.replace(place, self.folder / place.name)
     for old in self.own_steps()[:-self.keep]:
         remove(self.folder / f"step-{old}")
     self.accelerator.wait_for_everyone()
-
-
-@patch
-def _make_room(self: Checkpoints, place):
-    "Remove an older checkpoint of this step; one that its manifest does not tell as ours is set aside."
-    remove(place)
-    if os.path.lexists(place):
-        other = place.with_name(f"aside-{time.time_ns()}-{place.name}")
-        notice(f"{place}: no checkpoint by its manifest; set aside as {other.name}")
-        os.replace(place, other)
 
 
 @patch
