@@ -321,15 +321,19 @@ MUTANTS = [
     *of("files.remove", OWN + "'stage_removes or remove_takes or links or remains'",
         ("links are followed", "if folder.is_symlink() or not folder.is_dir():", "if not folder.is_dir():"),
         ("also while somebody writes", "if _nobody_writes(folder):", "if True:"),
-        ("whatever stands there", '[*sealed["files"], MANIFEST] if sealed else []', 'os.listdir(folder)'),
-        ("nothing at all", '[*sealed["files"], MANIFEST] if sealed else []', "[]")),
+        ("whatever stands there", '(sealed["files"] | {MANIFEST: None}).items() if sealed else ()', "[(n, None) for n in os.listdir(folder)]"),
+        ("nothing at all", '(sealed["files"] | {MANIFEST: None}).items() if sealed else ()', "()")),
     *of("files._inside", OWN + "leads_nowhere",
         ("upwards", '".." not in name.split("/")', "True"), ("from the root", 'not name.startswith("/")', "True")),
-    *of("files._unlink", OWN + "leads_nowhere", ("through links", "any(p.is_symlink() for p in above)", "False")),
-    *of("files.manifest", OWN + "stage_removes", ("any manifest", 'record.get("made_by") != SIGNATURE', "False")),
+    *of("files._unlink", OWN + "leads_nowhere", ("through links", "p.is_symlink() for p in", "False for p in")),
+    *of("files._unlink", "test_attacks.py -k somebody_replaced", ("by name alone", "was not in (None, known_digest(file))", "False")),
+    *of("files.added", "test_attacks.py -k beside_a_model", ("whatever lies there", "not in known", "in ()")),
+    *of("launch.guard", "test_attacks.py -k frozen", ("patience", "time.monotonic() - self.round > SILENCE + BEAT", "False")),
+    *of("files.sum_of", "test_bad_inputs.py -k test_records", ("of nothing", 'k != "sum"', "False")),
+    *of("files.manifest", OWN + "of_others", ("any manifest", 'record.get("made_by") != SIGNATURE', "False")),
     *of("files.make_room", OWN + "foreign_folder", ("all of it", "        remove(folder)", "        shutil.rmtree(folder)")),
     *of("files.known_file", OWN + "record_knows", ("anything is ours", "digest(path) in before", "True")),
-    *of("files.write_known", OWN + "record_knows", ("the file comes first", "[*before, new]", "before")),
+    *of("files.write_known", OWN + "crash_between", ("the file comes first", "[*before, new]", "before")),
     *of("files.changed", "test_runs.py -k damaged_checkpoint", ("sizes alone", "known_digest(file) != was", "False")),
     *of("files.read_picture", DATA + "'program or pixels or formats'",
         ("any format", "Image.open(f, formats=FORMATS)", "Image.open(f)"),
@@ -349,7 +353,7 @@ MUTANTS = [
     *of("launch.share", LAUNCH + "shared_decisions", ("each for itself", "if self.rank == 0:", "if True:")),
     *of("cli.prepare", DATA + "torch_load_of_others", ("others may unpickle", '_LOAD"] = "1"', '_LOAD"] = "0"')),
     *of("checkpoints.load_model", DATA + "remote_code", ("always trusted", "trust_remote_code=trust_remote_code", "trust_remote_code=True")),
-    *of("checkpoints.save_tensors", OWN + "foreign_weights", ("whoever wrote it", "_owner(path) is None", "False")),
+    *of("checkpoints.save_tensors", OWN + "foreign_weights", ("whoever wrote it", "_owner(path) != of", "False")),
     *of("checkpoints.log_rows", OWN + "foreign_metric", ("any file", "if fault:", "if False:")),
     *of("checkpoints.last_whole", SEALS + "in_the_middle", ("of anybody", 'found["of"] != of', "False")),
     *of("checkpoints.drawing", SEALS + "gives_the_same", ("whatever was drawn before", "torch.manual_seed(seed)", "pass")),
@@ -438,7 +442,7 @@ def run_all(work: list, jobs: int, report):
 
 def warm_up():
     "Import everything once, then forget the package: each fork imports its own copy, and nothing else again."
-    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
     sys.path.insert(0, str(PACKAGE.parent))
     import hypothesis, hypothesis.strategies, pytest, torch.multiprocessing, torch.utils.tensorboard  # noqa: E401, F401
     import vlmrlhf_course.evaluate  # noqa: F401

@@ -246,3 +246,18 @@ def test_weights_that_left_the_numbers(tmp_path):
         def forward(self, batch): return self.w.sum(), {}
     with pytest.raises(UserError, match="demo: w is not finite in the end; lower the learning rate"):
         fit(Task(), lambda step: [0], FitConfig(steps=1, lr=1e38, weight_decay=1e9), tmp_path, "demo")
+
+
+def test_a_thread_that_the_disk_stops(capfd, monkeypatch):
+    "TensorBoard writes in a thread of its own: what stops it is a line, and a bug keeps its traceback."
+    from vlmrlhf_course.cli import prepare
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    prepare()
+    def fail(error): raise error
+    for error, words in ((PermissionError(13, "Permission denied", "events"), "vlmrlhf: events: Permission denied"),
+                         (KeyError("x"), "Traceback")):
+        thread = threading.Thread(target=fail, args=(error,))
+        thread.start()
+        thread.join()
+        said = capfd.readouterr().err
+        assert words in said and ("Traceback" in said) == (words == "Traceback")

@@ -117,7 +117,7 @@ def test_remove_takes_what_a_record_names(tmp_path_factory, wanted):
 
 # --- ways out -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["../thesis.txt", "a/../../thesis.txt", "/{outside}", "link/thesis.txt"])
+@pytest.mark.parametrize("name", ["../../thesis.txt", "a/../../../thesis.txt", "/{outside}", "link/thesis.txt"])
 def test_a_record_leads_nowhere_else(tmp_path, name):
     "A manifest whose names lead out of its folder, or through a link, removes nothing there."
     (tmp_path / "thesis.txt").write_text("weeks of work")
@@ -125,11 +125,25 @@ def test_a_record_leads_nowhere_else(tmp_path, name):
     step.mkdir(parents=True)
     (step / "a").mkdir()
     (step / "link").symlink_to(tmp_path)
-    record = dict(made_by=files.SIGNATURE, of="", files={name.format(outside=tmp_path / "thesis.txt"): [13, "x"]})
+    sums = {name.format(outside=tmp_path / "thesis.txt"): files.digest(tmp_path / "thesis.txt")}
+    record = dict(made_by=files.SIGNATURE, of="", files=sums)
     (step / files.MANIFEST).write_text(json.dumps(record))
     clear_checkpoints(tmp_path)
     files.remove(step)
     assert (tmp_path / "thesis.txt").read_text() == "weeks of work"
+
+
+def test_manifests_of_others(tmp_path):
+    "Many tools write a manifest.json; without our signature it tells us nothing."
+    step = tmp_path / "checkpoints" / "step-1"
+    step.mkdir(parents=True)
+    (step / "model.bin").write_text("weeks of work")
+    files.seal(step)
+    record = json.loads((step / files.MANIFEST).read_text())
+    (step / files.MANIFEST).write_text(json.dumps(record | dict(made_by="another tool")))
+    before = tree(tmp_path)
+    clear_checkpoints(tmp_path)
+    assert tree(tmp_path) == before and files.damage(step)
 
 
 @pytest.mark.parametrize("link", ["checkpoints", "checkpoints/step-1", "fit-a"])
@@ -218,6 +232,27 @@ def test_a_file_that_the_record_knows(tmp_path):
     with pytest.raises(UserError, match="report.html: was not written by this run; move it away"):
         files.write_known(record, file, b"four")
     assert file.read_bytes() == b"mine"
+
+
+def test_a_crash_between_file_and_record(tmp_path, monkeypatch):
+    "The record learns first: after a crash the new file is known, and so is the old one."
+    record, file = tmp_path / "run.json", tmp_path / "report.html"
+    record.write_text('{"files": {}}')
+    original = files.write_bytes
+    for when in ("before", "after"):
+        files.write_known(record, file, b"old")
+        def cut(path, data):
+            if path == file and when == "before":
+                raise KeyboardInterrupt
+            original(path, data)
+            if path == file:
+                raise KeyboardInterrupt
+        monkeypatch.setattr(files, "write_bytes", cut)
+        with pytest.raises(KeyboardInterrupt):
+            files.write_known(record, file, b"new")
+        monkeypatch.undo()
+        files.write_known(record, file, b"newer")
+        assert file.read_bytes() == b"newer"
 
 
 # --- commands -------------------------------------------------------------------------------------------------------

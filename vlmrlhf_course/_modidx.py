@@ -98,6 +98,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'vlmrlhf_course.cli._plainly': ('cli.html#_plainly', 'vlmrlhf_course/cli.py'),
                                     'vlmrlhf_course.cli._rows': ('cli.html#_rows', 'vlmrlhf_course/cli.py'),
                                     'vlmrlhf_course.cli._start_arm': ('cli.html#_start_arm', 'vlmrlhf_course/cli.py'),
+                                    'vlmrlhf_course.cli._thread_failed': ('cli.html#_thread_failed', 'vlmrlhf_course/cli.py'),
                                     'vlmrlhf_course.cli._why': ('cli.html#_why', 'vlmrlhf_course/cli.py'),
                                     'vlmrlhf_course.cli.build_parser': ('cli.html#build_parser', 'vlmrlhf_course/cli.py'),
                                     'vlmrlhf_course.cli.end_with_parent': ('cli.html#end_with_parent', 'vlmrlhf_course/cli.py'),

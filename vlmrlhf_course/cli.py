@@ -334,12 +334,22 @@ def _plainly(error):
     return "".join(PLAIN.get(sign, "?") for sign in error.object[error.start:error.end]), error.end
 
 # %% ../nbs/91_cli.ipynb #entry-2
+def _thread_failed(failure):
+    "A thread of a library that the disk has stopped (TensorBoard's) says so in a line, as the main one does."
+    known = explain(failure.exc_value) if failure.exc_value else None
+    if known:
+        notice(known[0])
+    else:
+        threading.__excepthook__(failure)
+
+
 def prepare():
     "What must be so before anything else is: an environment that makes sense, quiet libraries, a terminal that takes every sign."
     codecs.register_error("plainly", _plainly)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="plainly")
+    threading.excepthook = _thread_failed
     quiet = dict(TRANSFORMERS_VERBOSITY="error", TRANSFORMERS_NO_ADVISORY_WARNINGS="1", HF_HUB_OFFLINE="1",
                  HF_HUB_DISABLE_PROGRESS_BARS="1")
     for key, value in quiet.items():
