@@ -346,7 +346,7 @@ MUTANTS = [
     *of("settings.check_numbers", LAUNCH + "numbers_beyond",
         ("any float", "LEAST <= abs(value) <= MOST", "True"), ("any integer", "abs(value) > MOST_COUNT", "False")),
     *of("settings._missing", LAUNCH + "numbers", ("question marks are a value", 'if values == "???":', "if False:")),
-    *of("launch.environment", LAUNCH + "variables_on_record", ("nothing counts", "k.startswith(COUNTING)", "False")),
+    *of("launch.environment", LAUNCH + "variables_on_record", ("nothing counts", "name.startswith(COUNTING)", "False")),
     *of("launch._sign", LAUNCH + "'silent or stopped or left_well'",
         ("silence is golden", "now - since > SILENCE", "False"),
         ("who left is missed", 'or sign == b"left"', "")),
@@ -359,11 +359,11 @@ MUTANTS = [
     *of("checkpoints.drawing", SEALS + "gives_the_same", ("whatever was drawn before", "torch.manual_seed(seed)", "pass")),
     *of("checkpoints.MetricLog.__init__", SEALS + "were_lost", ("what is there", "there if rows is None else rows", "there")),
     *of("runs._ours", OWN + "not_taken", ("any folder", "has_record(entry) or only_log(entry)", "True")),
-    *of("runs.whole", SEALS + "another_seed", ("seals are not read", 'fault = changed(folder, record["files"])', "fault = None")),
+    *of("runs.sealed", SEALS + "another_seed", ("seals are not read", 'fault = changed(folder, record["files"])', "fault = None")),
     *of("rollout.finite", SEALS + "sampling_notices", ("it may be NaN", "shares[:, 0].isfinite().all()", "True")),
     *of("ppo.collect", SEALS + "rolled_back", ("made of nothing", "if roll is None:", "if False:")),
     *of("evaluate.finished_report", SEALS + "changed_report",
-        ("figures are believed", 'figures_digest(report) != info.get("figures")', "False")),
+        ("whatever stands there", 'digest(file) in ours.get(f"../{name}", ())', "True")),
 ]
 
 

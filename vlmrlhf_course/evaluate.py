@@ -312,7 +312,7 @@ def finished_report(run: Run, uses: dict) -> dict:
         file = run.folder / name
         if not (file.is_file() and digest(file) in ours.get(f"../{name}", ())):
             raise UserError(f"{file}: not what this run wrote; move it away, or delete it, and it is made again")
-    run.whole("evaluate")
+    run.sealed("evaluate")
     return json.loads(read_text(run.folder / "report.json"))
 
 # %% ../nbs/11_evaluate.ipynb #stage-2

@@ -9,13 +9,11 @@ __all__ = ['MANIFEST', 'SIGNATURE', 'MARK', 'FORMATS', 'MOST_PIXELS', 'digest', 
            'known_file', 'read_jsonl', 'parse_record', 'read_picture']
 
 # %% ../nbs/96_files.ipynb #imports
-import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-import stat
 import tempfile
 import warnings
 from contextlib import contextmanager

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from fastcore.basics import patch
 from torch.distributed import rendezvous
-from .settings import UserError, alone, env_number, is_main
+from .settings import UserError, alone, env_number
 
 # %% ../nbs/97_launch.ipynb #environment
 # Set from outside, each of these changes what is computed: precision, instruction set, sharding.

@@ -226,7 +226,7 @@ def _done(self: Run, stage, uses):
         unlock(folder)
         same_settings(done, uses)
         clear_checkpoints(folder)   # a crash may have come between
-        return self.whole(stage)
+        return self.sealed(stage)
     self._begin(folder, uses, {})
     return False
 
@@ -273,7 +273,7 @@ def _in_words(made) -> str:
 
 # %% ../nbs/90_runs.ipynb #run-whole
 @patch
-def whole(self: Run, stage: str) -> bool:
+def sealed(self: Run, stage: str) -> bool:
     "True where the results of a finished stage are what it wrote; otherwise raises UserError."
     folder, record = self.path(stage), self.info(stage)
     remedy = f"put the file back, or delete {folder}, and the stage is made again"
