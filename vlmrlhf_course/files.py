@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'SIGNATURE', 'MARK', 'FORMATS', 'MOST_PIXELS', 'digest', 'digest_of', 'digest_of_records', 'seal',
-           'manifest', 'damage', 'added', 'whole', 'changed', 'known_digest', 'sum_of', 'remove', 'sweep', 'to_disk',
-           'half_written', 'aside', 'make_room', 'write_bytes', 'write_text', 'write_jsonl', 'jsonl', 'write_known',
-           'known_file', 'read_jsonl', 'parse_record', 'read_picture']
+           'manifest', 'damage', 'added', 'sealed_as', 'changed', 'known_digest', 'sum_of', 'remove', 'sweep',
+           'to_disk', 'half_written', 'aside', 'make_room', 'write_bytes', 'write_text', 'write_jsonl', 'jsonl',
+           'write_known', 'known_file', 'read_jsonl', 'parse_record', 'read_picture']
 
 # %% ../nbs/96_files.ipynb #imports
 import fcntl
@@ -91,7 +91,7 @@ def added(folder: Path) -> str | None:
     return f"{more[0].relative_to(folder)} was added" if more else None
 
 
-def whole(folder: Path, of: str, closed: bool = True) -> bool:
+def sealed_as(folder: Path, of: str, closed: bool = True) -> bool:
     "Is a sealed folder there? Raises UserError where it is damaged or somebody else's, or (`closed`) something was added to it."
     if not os.path.lexists(folder):
         return False

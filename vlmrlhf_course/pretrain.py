@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration, SiglipVisionModel
-from .runs import RUN, claim, clear_checkpoints, digest_of, lock, read_jsonl, save_folder, unlock, whole, write_known
+from .runs import RUN, claim, clear_checkpoints, digest_of, lock, read_jsonl, save_folder, sealed_as, unlock, write_known
 from .sft import FitConfig, SFTTask, careless, fit
 from .vlm import VLM, VLMConfig, build_model, build_processor
 from .world import COLOURS, NOUNS, RELATIONS, SIZES, Prompt, Scene, WorldConfig, draw, make_prompt, sample_scenes
@@ -130,7 +130,7 @@ def pretrain(
     claim(folder)
     lock(folder)
     vlm = VLM(build_model(model), build_processor(model))
-    if not whole(folder / "tower", of):
+    if not sealed_as(folder / "tower", of):
         fit(TowerTask(vlm, sample_scenes(cfg.tower_scenes)), tower_items(cfg.tower_scenes, cfg.tower.batch), cfg.tower,
             folder / "fit-tower", "tower", clear=False, seed=seed, of=f"{of} tower")
         save_folder(folder / "tower", vlm.tower.save_pretrained, of=of)
@@ -140,7 +140,7 @@ def pretrain(
     scenes = sample_scenes(cfg.scenes)
     rounds = (("language", cfg.language, MIXED, None), ("questions", cfg.questions, QUESTIONS, None), ("captions", cfg.captions, MIXED, cfg.sloppy))
     for name, stage, kinds, sloppy in rounds:
-        if not whole(folder / f"after-{name}", f"{of} {name}"):
+        if not sealed_as(folder / f"after-{name}", f"{of} {name}"):
             items = language_items(scenes, stage.batch, kinds, sloppy)
             fit(SFTTask(vlm), items, stage, folder / f"fit-{name}", name, clear=False, seed=seed, of=f"{of} {name}")
             save_folder(folder / f"after-{name}", vlm.model.save_pretrained, of=f"{of} {name}")
@@ -148,7 +148,7 @@ def pretrain(
         vlm.model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(folder / f"after-{name}").state_dict())
     language = LlamaForCausalLM(vlm.language.config)
     language.model.load_state_dict(vlm.language.state_dict()), language.lm_head.load_state_dict(vlm.model.lm_head.state_dict())
-    if not whole(folder / "language", of):
+    if not sealed_as(folder / "language", of):
         save_folder(folder / "language", language.save_pretrained, of=of)
     write_known(folder / RUN, folder / "record.json", (json.dumps(record(folder), indent=1) + "\n").encode())
     unlock(folder)

@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from .checkpoints import (Checkpoints, MetricLog, StepGuard, clear_checkpoints, drawing, load_model, load_tensors,
                           mean_of, progress, reading, save_folder, save_tensors, seed_of)
 from .files import (MANIFEST, MARK, SIGNATURE, added, changed, damage, digest, digest_of, digest_of_records, jsonl,
-                    known_file, read_jsonl, remove, seal, sum_of, sweep, whole, write_jsonl, write_known, write_text)
+                    known_file, read_jsonl, remove, seal, sealed_as, sum_of, sweep, write_jsonl, write_known, write_text)
 from .launch import environment, keep_memory, lost_peer, make_accelerator, share, together
 from .settings import (Settings, UserError, alone, build_config, check_choices, check_mixture, check_ranges, env_number,
                        home, is_main, load_layers, load_settings, nearest, notice, open_regular, read_text, scales)

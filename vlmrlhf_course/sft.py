@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 from .runs import (Checkpoints, MetricLog, Run, StepGuard, UserError, check_mixture, check_ranges, clear_checkpoints, digest_of, drawing, load_model,
-                   make_accelerator, progress, seal, seed_of, whole)
+                   make_accelerator, progress, seal, sealed_as, seed_of)
 from .vlm import VLM, VLMConfig, answer, build_model, build_processor, load_vlm, save_vlm, token_logprobs
 from .world import KINDS, NUMBERS, Prompt, WorldConfig, describe, imagine, judge, make_prompt, sample_scenes, summarise
 
@@ -201,7 +201,7 @@ def train_sft(
         vlm.projector.requires_grad_(True)
         if not faithful: vlm.language.requires_grad_(True), vlm.model.lm_head.requires_grad_(True)
         of = digest_of(["sft", name, seed, asdict(cfg), asdict(world)])
-        if not (whole(folder / name, of) and whole(folder / f"fit-{name}", of, closed=False)):
+        if not (sealed_as(folder / name, of) and sealed_as(folder / f"fit-{name}", of, closed=False)):
             at = sft_items(cfg, world, seed, faithful)
             fit(SFTTask(vlm), at, stage, folder / f"fit-{name}", f"SFT {name}", clear=False, seed=seed, of=of)
             seal(folder / f"fit-{name}", of, ("metrics.jsonl",))
