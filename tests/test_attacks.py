@@ -261,3 +261,15 @@ def test_a_thread_that_the_disk_stops(capfd, monkeypatch):
         thread.join()
         said = capfd.readouterr().err
         assert words in said and ("Traceback" in said) == (words == "Traceback")
+
+
+@pytest.mark.parametrize("stage, verb", [("preferences", "preferences"), ("sft", "sft"), ("evaluate", "run")])
+def test_a_crash_before_a_record_has_its_name(smoke_run, tmp_path, monkeypatch, stage, verb):
+    "The record of a finished stage is written, and the crash comes before it is renamed: nothing is made again."
+    shutil.copytree(smoke_run, tmp_path / "run")
+    folder = tmp_path / "run" / stage
+    (folder / "done.json").rename(folder / "begun.json")
+    monkeypatch.setattr(sft, "train_sft", lambda *a: pytest.fail("trained again"))
+    assert main(smoke(verb, tmp_path / "run")) == 0
+    assert (folder / "done.json").is_file() and not (folder / "begun.json").exists()
+    same_files(smoke_run, tmp_path / "run", ["report.html", "preferences/train.jsonl"])

@@ -57,6 +57,7 @@ def tree(folder): return {str(f.relative_to(folder)): f.read_bytes() for f in fo
     (["run", "--scale", "no/such.yaml"], ["no/such.yaml"]),
     (["run", "--scale", "smoke", "--set"], ["--set"]),
     (["run", "--scale", "smoke", "--out", ""], ["--out"]),
+    (["sft", "--scale", "smoke", "--out", "odd\udcffname"], ["--out", "no UTF-8"]),
     (["run", "--resume", "--scale", "smoke", "--out", "nowhere"], ["nowhere", "no run to resume", "leave out --resume"]),
     (["run", "--resume", "--scale", "smoke", "--seeds", "2", "--out", "nowhere"], ["nowhere", "no run to resume"])])
 def test_command_line(capsys, tmp_path, argv, words):
@@ -140,6 +141,9 @@ def test_command_line(capsys, tmp_path, argv, words):
     ("ppo.clpi=.1", ["ppo.clpi", "did you mean 'clip'"]),
     ("pppo.clip=.1", ["'pppo'", "did you mean 'ppo'"]),
     ("ppo.lora=3", ["ppo"]),
+    ("sft.projector=[]", ["--set", "sft.projector"]),
+    ("sft.language=[1,[2,3]]", ["--set", "sft.language"]),
+    ("ppo.penalty.count_power=1e4", ["count_power=10000"]),
     ("ppo.iterations=2.5", ["ppo", "2.5"])])
 def test_settings(capsys, tmp_path, change, words):
     line = refused(capsys, "sft", "--scale", "smoke", "--out", tmp_path / "out", "--set", change)

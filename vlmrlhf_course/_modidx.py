@@ -555,6 +555,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'vlmrlhf_course.runs.Run.uses': ('runs.html#run.uses', 'vlmrlhf_course/runs.py'),
                                      'vlmrlhf_course.runs.Run.write': ('runs.html#run.write', 'vlmrlhf_course/runs.py'),
                                      'vlmrlhf_course.runs._claim': ('runs.html#_claim', 'vlmrlhf_course/runs.py'),
+                                     'vlmrlhf_course.runs._complete': ('runs.html#_complete', 'vlmrlhf_course/runs.py'),
                                      'vlmrlhf_course.runs._edit': ('runs.html#_edit', 'vlmrlhf_course/runs.py'),
                                      'vlmrlhf_course.runs._flat': ('runs.html#_flat', 'vlmrlhf_course/runs.py'),
                                      'vlmrlhf_course.runs._in_words': ('runs.html#_in_words', 'vlmrlhf_course/runs.py'),

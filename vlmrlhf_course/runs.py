@@ -222,6 +222,7 @@ def _done(self: Run, stage, uses):
     if not done.is_file():
         claim(self.folder)
         lock(folder, lambda: begun.is_file() and same_settings(begun, uses))
+        _complete(begun, done)
     if done.is_file():
         unlock(folder)
         same_settings(done, uses)
@@ -241,6 +242,7 @@ def begin(self: Run, stage: str, uses: dict, files=dict):
         claim(self.folder)
         lock(folder, same)
         same()
+        _complete(begun, done)
         self._begin(folder, uses, files())
     share(take)
 
@@ -260,6 +262,12 @@ def _begin(self: Run, folder, uses, files):
         raise UserError(f"{folder}: holds other things, and no record of a stage; move it away, or delete it")
     write_text(begun, json.dumps(dict(uses=uses, made_with=made_with(), files=files), indent=1))
     sweep(folder)
+
+
+def _complete(begun, done):
+    "Give a finished record its name, where a crash came between."
+    if begun.is_file() and "sum" in read_record(begun):
+        os.replace(begun, done)
 
 
 def made_with() -> dict[str, int]:

@@ -136,7 +136,10 @@ def home(text: str | Path, name: str) -> Path:
     if not str(text).strip() or "\0" in str(text):
         raise UserError(f"{name}={str(text)!r}: give the name of a folder or file, or leave it out")
     try:
+        str(text).encode()
         return Path(text).expanduser()
+    except UnicodeEncodeError:
+        raise UserError(f"{name}={ascii(str(text))}: a name that is no UTF-8 text; libraries cannot write there") from None
     except RuntimeError:
         raise UserError(f"{name}={str(text)!r}: there is no such home folder; give a whole path") from None
 
