@@ -83,6 +83,8 @@ def not_finite(text):
 
 def unreadable(path: Path, small_faults: bool) -> str | None:
     "What is wrong with a file of a result, or None. `small_faults`: records may be bad."
+    if path.exists() and not path.is_file():
+        return "no file"
     try:
         if path.suffix == ".safetensors":
             bad = [k for k, v in load_file(path).items() if not v.isfinite().all()]
