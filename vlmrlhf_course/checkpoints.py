@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from fastcore.basics import patch
-from .files import (SIGNATURE, aside, damage, half_written, jsonl, make_room, manifest, parse_record, remove, seal, sweep,
+from .files import (SIGNATURE, added, aside, changed, damage, half_written, jsonl, manifest, parse_record, remove, seal, sweep,
                     to_disk, write_jsonl, write_text)
 from .launch import lost_peer, share, together
 from .settings import UserError, is_main, notice, read_text
@@ -34,6 +34,8 @@ def reading(path: str | Path, remedy: str):
     except (UserError, MemoryError):
         raise
     except Exception as e:
+        if lost_peer(e) or "memory" in str(e):
+            raise   # that is not the file's fault
         text = " ".join(str(e).split())[:160] or type(e).__name__
         raise UserError(f"{path}: cannot be read ({text}); {remedy}") from None
 
@@ -166,7 +168,13 @@ class Checkpoints:
 def _save(self: Checkpoints, step, metrics):
     "All processes write; the main one makes the place, seals it and moves it to where it counts."
     if not self.accelerator.is_main_process:
-        self._write(Path(broadcast_object_list([None])[0]), metrics)
+        place = broadcast_object_list([None])[0]
+        if place:
+            self._write(Path(place), metrics)
+        self.accelerator.wait_for_everyone()
+        return
+    if not self._free(self.folder / f"step-{step}"):
+        broadcast_object_list([""])
         self.accelerator.wait_for_everyone()
         return
     with half_written(self.folder / f"step-{step}") as part:
@@ -175,11 +183,24 @@ def _save(self: Checkpoints, step, metrics):
         self._write(place, metrics)
         seal(place, self.of)
         to_disk(place)
-        make_room(self.folder / place.name)
+        remove(self.folder / place.name)
         os.replace(place, self.folder / place.name)
     for old in self.own_steps()[:-self.keep]:
         remove(self.folder / f"step-{old}")
     self.accelerator.wait_for_everyone()
+
+# %% ../nbs/98_checkpoints.ipynb #checkpoints-save-2
+@patch
+def _free(self: Checkpoints, place) -> bool:
+    "May a checkpoint be written there: is nothing there, or only an older one of ours? Says so where not."
+    record = manifest(place) if place.is_dir() and not place.is_symlink() else None
+    free = not os.path.lexists(place) or record is not None and not changed(place, record["files"]) and not added(place)
+    if not free:
+        remove(place)   # what of it is ours
+    if not free and os.path.lexists(place):
+        notice(f"{place}: holds what this package has not made, so there is no checkpoint after this step; move it away")
+        return False
+    return True
 
 
 @patch
@@ -190,7 +211,7 @@ def _write(self: Checkpoints, place, metrics):
         for random_state in place.glob("random_states_*.pkl"):
             remove(random_state)   # a pickle of Python's own; what is drawn depends on seed and step alone
         torch.save([o.state_dict() for o in self.objects], place / "objects.pt")
-        (place / "metrics.json").write_text(json.dumps(metrics or []), encoding="utf-8")
+        (place / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
 
 # %% ../nbs/98_checkpoints.ipynb #checkpoints-load
 @patch
@@ -235,7 +256,10 @@ def log_rows(file: Path) -> list[dict]:
     "The rows of a metric log, without a last line that a crash has cut. Raises UserError where it is none."
     if not os.path.lexists(file):
         return []
-    text = read_text(file)
+    try:
+        text = read_text(file)
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: no text, so no metric log; move the file away, and the same command goes on") from None
     rows = []
     for i, line in enumerate(text[:text.rfind("\n") + 1].splitlines(), 1):
         row, fault = parse_record(line, ("step",))

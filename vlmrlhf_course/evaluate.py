@@ -7,7 +7,7 @@ __all__ = ['ARMS', 'NAMES', 'COLUMNS', 'STYLE', 'REPORT', 'bootstrap_interval', 
            'speak', 'speak_greedily', 'best_of_n', 'false_words', 'mark_html', 'before_after_figure', 'png',
            'over_optimisation_figure', 'training_figure', 'evaluate_run', 'text_table', 'first_false', 'scene_uri',
            'report_html', 'plain_figures', 'curve', 'figures_digest', 'finished_report', 'report_files',
-           'begin_evaluation', 'evaluate_stage']
+           'begin_evaluation', 'refuse_foreign', 'evaluate_stage']
 
 # %% ../nbs/11_evaluate.ipynb #imports
 import base64
@@ -26,8 +26,8 @@ from .ppo import ppo_stage
 from .preferences import true_score
 from .reward import RewardModel, reward_stage, score_texts
 from .rollout import sample, texts
-from .runs import (Run, UserError, check_ranges, digest, digest_of, is_main, known_file, notice, progress, read_jsonl, read_record, read_text, same_settings,
-                   seed_of)
+from .runs import (Run, UserError, check_ranges, digest, digest_of, known_file, notice, progress, read_jsonl, read_record, read_text, same_settings,
+                   seed_of, share)
 from .sft import sft_stage
 from .vlm import VLM, answer, token_logprobs
 from .world import Prompt, Scene, WorldConfig, draw, judge, sample_scenes, summarise
@@ -331,11 +331,16 @@ def report_files(run: Run) -> dict:
 def begin_evaluation(run: Run, uses: dict):
     "Begin the evaluation, also where it was done before: what of its files is still as it was written may be written over."
     run.begin("evaluate", uses, lambda: report_files(run))
+    share(lambda: refuse_foreign(run))   # before hours of computing
+
+
+def refuse_foreign(run: Run):
+    "Raise UserError that names the files of a report which the run has not written."
     record, foreign = run.path("evaluate") / "begun.json", []
     for name in REPORT:
         try: known_file(record, run.folder / name)
         except UserError: foreign.append(str(run.folder / name))
-    if foreign and is_main():   # before hours of computing
+    if foreign:
         raise UserError(f"{run.folder}: move {', '.join(foreign)} away: this run has not written that, and does not write over it")
 
 # %% ../nbs/11_evaluate.ipynb #stage-3

@@ -34,7 +34,7 @@ def digest(file: Path) -> list:
 
 def digest_of(value) -> str:
     "A short digest of what JSON can hold; tuples count as lists, and the order of keys for nothing."
-    text = json.dumps(value, sort_keys=True)
+    text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 def digest_of_records(file: Path) -> list:
@@ -164,7 +164,7 @@ def remove(folder: Path):
         return
     if (folder / MARK).is_file():
         if _nobody_writes(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove_marked(folder)
         return
     sealed = manifest(folder)
     for name, was in (sealed["files"] | {MANIFEST: None}).items() if sealed else ():
@@ -172,13 +172,27 @@ def remove(folder: Path):
     _remove_if_empty(folder)
 
 
+def _remove_marked(part):
+    "Remove a half-written folder, its mark last: what a crash leaves of it is still marked."
+    for entry in part.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != MARK:
+            entry.unlink(missing_ok=True)
+    (part / MARK).unlink(missing_ok=True)
+    _remove_if_empty(part)
+
+# %% ../nbs/96_files.ipynb #remove-2-2
 def _unlink(folder, name, was):
     "Remove one file of a manifest (`was`: its digest there), and the folders that it leaves empty; nothing behind a link."
     file = folder / name
     above = [p for p in file.parents if p != folder and folder in p.parents]
-    if any(p.is_symlink() for p in [*above, file]) or not file.is_file() or was not in (None, known_digest(file)):
-        return
-    file.unlink()
+    try:
+        if any(p.is_symlink() for p in [*above, file]) or not file.is_file() or was not in (None, known_digest(file)):
+            return
+        file.unlink()
+    except FileNotFoundError:
+        return   # another process has removed it
     for parent in above:
         _remove_if_empty(parent)
 
@@ -193,7 +207,7 @@ def _remove_if_empty(folder):
 def sweep(folder: Path):
     "Remove what crashes have left half-written in `folder` and below. The main process does it."
     if is_main():
-        for part in [p for p in Path(folder).rglob(".part-*") if (p / MARK).is_file()]:
+        for part in sorted(Path(folder).rglob(".part-*")):
             remove(part)
 
 # %% ../nbs/96_files.ipynb #aside
@@ -221,7 +235,7 @@ def half_written(path: Path):
     finally:
         os.close(held)
         if (part / MARK).is_file():
-            shutil.rmtree(part, ignore_errors=True)
+            _remove_marked(part)
         _remove_if_empty(part)
 
 # %% ../nbs/96_files.ipynb #aside-2
@@ -285,7 +299,8 @@ def known_file(record: Path, path: Path) -> tuple[dict, str, list]:
     "A record, the name of a file in it, and the digests that it has for the file. Raises UserError where another file stands there."
     known = json.loads(read_text(record))
     name = Path(os.path.relpath(path, record.parent)).as_posix()
-    before = known.setdefault("files", {}).get(name, [])
+    before = known.setdefault("files", {}).get(name)
+    before = before if isinstance(before, list) else []
     if os.path.lexists(path) and not (path.is_file() and digest(path) in before):
         raise UserError(f"{path}: was not written by this run; move it away, and the same command goes on")
     return known, name, before

@@ -7,6 +7,7 @@ __all__ = ['COUNTING', 'LAUNCHED', 'SILENT', 'BEAT', 'SILENCE', 'environment', '
            'make_accelerator', 'together', 'lost_peer', 'keep_memory']
 
 # %% ../nbs/97_launch.ipynb #imports
+import atexit
 import ctypes
 import json
 import os
@@ -154,6 +155,7 @@ def peers() -> Peers:
             said = " ".join(str(e).split())[:120]
             raise LostPeer(f"not all processes met within {limit:g} s (VLMRLHF_MEETING): {said}") from None
         _peers = Peers(rank, world, store, _say_lost)
+        atexit.register(leave)   # a script that has no more to do is not lost
         for task in (_peers.watch, _peers.guard):
             threading.Thread(target=task, daemon=True).start()
     return _peers

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration, SiglipVisionModel
-from .runs import RUN, claim, clear_checkpoints, digest_of, lock, read_jsonl, save_folder, sealed_as, unlock, write_known
+from .runs import (RUN, UserError, alone, claim, clear_checkpoints, digest_of, lock, read_jsonl, save_folder, sealed_as, sweep, unlock,
+                   write_known)
 from .sft import FitConfig, SFTTask, careless, fit
 from .vlm import VLM, VLMConfig, build_model, build_processor
 from .world import COLOURS, NOUNS, RELATIONS, SIZES, Prompt, Scene, WorldConfig, draw, make_prompt, sample_scenes
@@ -124,17 +125,19 @@ def pretrain(
     seed: int = 0,
 ):
     "Make the pretrained parts: probe the tower, train the language model on what it sees, keep both, drop the projector."
+    if not alone(): raise UserError("pretrain works in one process: start it without torchrun")
     torch.manual_seed(seed)
     folder = Path(folder)
     of = digest_of(["pretrain", seed, asdict(cfg), asdict(model)])
     claim(folder)
     lock(folder)
+    sweep(folder)
     vlm = VLM(build_model(model), build_processor(model))
     if not sealed_as(folder / "tower", of):
         fit(TowerTask(vlm, sample_scenes(cfg.tower_scenes)), tower_items(cfg.tower_scenes, cfg.tower.batch), cfg.tower,
             folder / "fit-tower", "tower", clear=False, seed=seed, of=f"{of} tower")
         save_folder(folder / "tower", vlm.tower.save_pretrained, of=of)
-        clear_checkpoints(folder / "fit-tower")   # now that the result is on the disk
+    clear_checkpoints(folder / "fit-tower")   # now that the result is on the disk
     vlm.tower.load_state_dict(SiglipVisionModel.from_pretrained(folder / "tower").state_dict())
     vlm.tower.requires_grad_(False)
     scenes = sample_scenes(cfg.scenes)
@@ -144,7 +147,7 @@ def pretrain(
             items = language_items(scenes, stage.batch, kinds, sloppy)
             fit(SFTTask(vlm), items, stage, folder / f"fit-{name}", name, clear=False, seed=seed, of=f"{of} {name}")
             save_folder(folder / f"after-{name}", vlm.model.save_pretrained, of=f"{of} {name}")
-            clear_checkpoints(folder / f"fit-{name}")
+        clear_checkpoints(folder / f"fit-{name}")
         vlm.model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(folder / f"after-{name}").state_dict())
     language = LlamaForCausalLM(vlm.language.config)
     language.model.load_state_dict(vlm.language.state_dict()), language.lm_head.load_state_dict(vlm.model.lm_head.state_dict())

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
-from .runs import (Checkpoints, MetricLog, Run, StepGuard, UserError, check_mixture, check_ranges, clear_checkpoints, digest_of, drawing, load_model,
+from .runs import (Checkpoints, MetricLog, Run, StepGuard, UserError, check_mixture, check_ranges, clear_checkpoints, digest_of, drawing, is_main, load_model,
                    make_accelerator, progress, seal, sealed_as, seed_of)
 from .vlm import VLM, VLMConfig, answer, build_model, build_processor, load_vlm, save_vlm, token_logprobs
 from .world import KINDS, NUMBERS, Prompt, WorldConfig, describe, imagine, judge, make_prompt, sample_scenes, summarise
@@ -204,7 +204,7 @@ def train_sft(
         if not (sealed_as(folder / name, of) and sealed_as(folder / f"fit-{name}", of, closed=False)):
             at = sft_items(cfg, world, seed, faithful)
             fit(SFTTask(vlm), at, stage, folder / f"fit-{name}", f"SFT {name}", clear=False, seed=seed, of=of)
-            seal(folder / f"fit-{name}", of, ("metrics.jsonl",))
+            if is_main(): seal(folder / f"fit-{name}", of, ("metrics.jsonl",))
             save_vlm(vlm, folder / name, of)
             clear_checkpoints(folder / f"fit-{name}")   # now that the result is on the disk
         vlm.model.load_state_dict(load_vlm(folder / name).model.state_dict())
