@@ -273,3 +273,11 @@ def test_a_crash_before_a_record_has_its_name(smoke_run, tmp_path, monkeypatch, 
     assert main(smoke(verb, tmp_path / "run")) == 0
     assert (folder / "done.json").is_file() and not (folder / "begun.json").exists()
     same_files(smoke_run, tmp_path / "run", ["report.html", "preferences/train.jsonl"])
+
+
+@pytest.mark.parametrize("env", [dict(LOCAL_RANK="0"), dict(LOCAL_RANK="99999999"), dict(LOCAL_RANK="0", WORLD_SIZE="1", RANK="0")])
+def test_a_local_rank_left_over(capsys, tmp_path, monkeypatch, env):
+    "accelerate takes it for a launcher's, and looks for an address to meet at."
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert "LOCAL_RANK" in refused(capsys, *smoke("sft", tmp_path / "run")) and not list(tmp_path.iterdir())

@@ -85,7 +85,7 @@ def lock(folder: Path, meanwhile=lambda: None):
     try:
         while not _locked(held):
             meanwhile()
-            notice(f"{folder}: another process (or notebook) is at work there; waiting for it")
+            notice(f"{folder}: another process is at work there (a notebook, perhaps); waiting for it")
             time.sleep(.1)
     except BaseException:
         os.close(held)
@@ -119,7 +119,7 @@ def unlock(folder: Path | None = None):
         if f in _locks:
             os.close(_locks.pop(f))
 
-# %% ../nbs/90_runs.ipynb #lock-2
+# %% ../nbs/90_runs.ipynb #locked
 @contextmanager
 def locked(folder: Path):
     "Hold the lock of a folder for the length of a block."

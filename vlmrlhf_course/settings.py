@@ -101,10 +101,12 @@ def check_launch():
         if env_number(name, world, 1) != world:
             raise UserError(f"{name}={os.environ[name]} in the environment, but WORLD_SIZE is {world}: "
                             f"start with torchrun, or unset {name}")
-    if world > 1:
-        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    set_by = "WORLD_SIZE" if world > 1 else "LOCAL_RANK" if env_number("LOCAL_RANK", -1, -1) >= 0 else None
+    if set_by:   # accelerate takes either for a launcher's
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             if not os.environ.get(name):
-                raise UserError(f"WORLD_SIZE={world} in the environment, but no {name}: start with torchrun, or unset WORLD_SIZE")
+                raise UserError(f"{set_by}={os.environ[set_by]} in the environment, but no {name}: "
+                                f"start with torchrun, or unset {set_by}")
         env_number("MASTER_PORT", 0, 1, 65535)
 
 # %% ../nbs/94_settings.ipynb #open
