@@ -130,7 +130,7 @@ def test_torch_load_of_others(tmp_path):
     torch.save(Evil(tmp_path / "executed"), tmp_path / "x.pt")
     code = (f"import sys, torch; from vlmrlhf_course.cli import main; main(['rum'])\n"
             f"try: torch.load({str(tmp_path / 'x.pt')!r}, weights_only=False)\nexcept Exception as e: print(type(e).__name__)")
-    env = {**os.environ, "PYTHONPATH": str(REPO), "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
+    env = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent), "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout.split() == ["UnpicklingError"] and not (tmp_path / "executed").exists(), done.stderr[-500:]
 
