@@ -281,3 +281,14 @@ def test_a_local_rank_left_over(capsys, tmp_path, monkeypatch, env):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     assert "LOCAL_RANK" in refused(capsys, *smoke("sft", tmp_path / "run")) and not list(tmp_path.iterdir())
+
+
+def test_memory_is_not_the_fault_of_a_file(tmp_path):
+    "PyTorch's word for a full memory passes; a file in a folder that is called so is still named in a line."
+    from vlmrlhf_course.checkpoints import load_tensors, reading
+    with pytest.raises(RuntimeError, match="out of memory"), reading("x", "take another"):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+    (tmp_path / "out of memory").mkdir()
+    (tmp_path / "out of memory" / "w.safetensors").write_text("x")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_tensors(tmp_path / "out of memory" / "w.safetensors")

@@ -324,11 +324,12 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         return f"cannot write: {text}; make room on the disk, and the same command continues", 2
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else text, 2
-    if isinstance(error, MemoryError) or any(said in text for said in ("allocate memory", "out of memory", "not enough memory")):
+    from vlmrlhf_course.checkpoints import NO_MEMORY
+    from vlmrlhf_course.launch import lost_peer
+    if isinstance(error, MemoryError) or any(said in text for said in NO_MEMORY):
         return f"not enough memory ({text or 'for Python'}); give smaller sizes, such as a smaller micro_batch", 2
     if "probability tensor contains" in text or isinstance(error, FloatingPointError):
         return "a model's probabilities are not finite: its weights have left the numbers; lower the learning rate of its stage", 2
-    from vlmrlhf_course.launch import lost_peer
     if lost_peer(error):
         return f"another process of this run is gone or stuck ({text[:160]}); the same command continues", 3
     return None
