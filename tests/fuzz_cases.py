@@ -339,8 +339,10 @@ ALONE = [b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\xd7\xcd\xc6\x9a" + b"\
 
 def picture(case) -> str:
     "A path with some kind of picture behind it, or something else."
-    r, path = case.rng, case.cwd / "pictures" / case.rng.choice(("a.png", "é.jpg", "a", "a b.eps"))
-    path.parent.mkdir(exist_ok=True)
+    r = case.rng
+    folder = case.cwd / "pictures" / str(r.randrange(10 ** 9))   # of its own: two may share a name
+    path = folder / r.choice(("a.png", "é.jpg", "a", "a b.eps"))
+    folder.mkdir(parents=True)
     kind = r.choice(("made",) * 5 + ("hurt",) * 4 + ("alone", "alone", "fifo", "folder", "link",
                                                      "special"))
     case.note(f"picture {kind}")
