@@ -10,10 +10,10 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from benchmarks.common import Clock, Library, build, fresh_prompts, matmul_rate, medians, number, save, table, update_flops
-from vlmrlhf_course import rollout
-from vlmrlhf_course.ppo import PPOConfig, answer_scores, make_experience, minibatches
-from vlmrlhf_course.rollout import Rollout, padding_share
-from vlmrlhf_course.vlm import VLMConfig, answer, token_logprobs
+from vlmrlhf_course.rl import rollout
+from vlmrlhf_course.rl.ppo import PPOConfig, answer_scores, make_experience, minibatches
+from vlmrlhf_course.rl.rollout import Rollout, padding_share
+from vlmrlhf_course.model.vlm import VLMConfig, answer, token_logprobs
 
 
 # --- an iteration, part by part -----------------------------------------------------------------------------------------------

@@ -15,14 +15,14 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import torch
 from transformers.utils import logging
 
-from vlmrlhf_course.packing import pack, packing_size
-from vlmrlhf_course.ppo import ActorCritic, PPOConfig, PPOTask, make_experience, minibatches, ppo_optimizer, seed_of
-from vlmrlhf_course.preferences import sample_prompts
-from vlmrlhf_course.reward import RewardConfig, RewardModel
-from vlmrlhf_course.rollout import sample
-from vlmrlhf_course.runs import keep_memory, make_accelerator
-from vlmrlhf_course.sft import backward_through, pretrained_vlm
-from vlmrlhf_course.vlm import VLM, VLMConfig, build_model, build_processor
+from vlmrlhf_course.model.packing import pack, packing_size
+from vlmrlhf_course.rl.ppo import ActorCritic, PPOConfig, PPOTask, make_experience, minibatches, ppo_optimizer, seed_of
+from vlmrlhf_course.data.preferences import sample_prompts
+from vlmrlhf_course.train.reward import RewardConfig, RewardModel
+from vlmrlhf_course.rl.rollout import sample
+from vlmrlhf_course.base.runs import keep_memory, make_accelerator
+from vlmrlhf_course.train.sft import backward_through, pretrained_vlm
+from vlmrlhf_course.model.vlm import VLM, VLMConfig, build_model, build_processor
 
 RESULTS = Path(__file__).parent / "results"
 logging.disable_progress_bar()

@@ -10,8 +10,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from benchmarks.common import Library, build, fresh_prompts, matmul_rate, medians, number, save, table, update_flops
 from benchmarks.naive import Naive
-from vlmrlhf_course.ppo import PPOConfig
-from vlmrlhf_course.vlm import VLM, build_processor, build_tokenizer
+from vlmrlhf_course.rl.ppo import PPOConfig
+from vlmrlhf_course.model.vlm import VLM, build_processor, build_tokenizer
 
 SHAPES = {   # vision: CLIP ViT; text: Llama
     "7b": dict(vision=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,

@@ -13,11 +13,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.testing import assert_close
 
 from benchmarks.common import Clock, Library, TowerCount, build, fresh_prompts, medians, number, save, shake, table
-from vlmrlhf_course.hallucination import penalty
-from vlmrlhf_course.ppo import PPOConfig, answer_scores, make_experience
-from vlmrlhf_course.sft import backward_through
-from vlmrlhf_course.vlm import VLM, VLMConfig, token_logprobs
-from vlmrlhf_course.world import judge, open_image
+from vlmrlhf_course.world.hallucination import penalty
+from vlmrlhf_course.rl.ppo import PPOConfig, answer_scores, make_experience
+from vlmrlhf_course.train.sft import backward_through
+from vlmrlhf_course.model.vlm import VLM, VLMConfig, token_logprobs
+from vlmrlhf_course.world.scenes import judge, open_image
 
 
 def full_model(vlm: VLM, role: str | None):

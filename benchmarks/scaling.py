@@ -7,9 +7,9 @@ import statistics
 import torch
 
 from benchmarks.common import RESULTS, Endless, Library, build, fresh_prompts, medians, number, rss, save, table
-from vlmrlhf_course.ppo import PPOConfig
-from vlmrlhf_course.rollout import plan_prompts
-from vlmrlhf_course.vlm import VLMConfig
+from vlmrlhf_course.rl.ppo import PPOConfig
+from vlmrlhf_course.rl.rollout import plan_prompts
+from vlmrlhf_course.model.vlm import VLMConfig
 
 
 def cost(cfg: PPOConfig, rounds: int, sizes: VLMConfig | None = None) -> dict[str, float]:

@@ -42,12 +42,12 @@ def chat(prompt): return [{"role": "user", "content": prompt.text}]
 
 
 def picture(prompt):
-    from vlmrlhf_course.world import open_image
+    from vlmrlhf_course.world.scenes import open_image
     return open_image(prompt.image)
 
 
 def preference_rows(pairs):
-    from vlmrlhf_course.world import open_image
+    from vlmrlhf_course.world.scenes import open_image
     def says(text): return [{"role": "assistant", "content": text}]
     return [dict(prompt=[{"role": "user", "content": r["prompt"]}], chosen=says(r["chosen"]), rejected=says(r["rejected"]),
                  images=[open_image(r["image"])]) for r in pairs]
@@ -121,7 +121,7 @@ def compare_online(kind: str, folder, cfg, rounds: int, lora: bool, fixed: bool)
     """PPO beside GRPO or RLOO: (their seconds, ours) for each round of `cfg.answers` answers; pictures encoded and tokens an answer,
     theirs and ours. Ours answers the same prompts as often."""
     from benchmarks.common import Endless, Library, TowerCount, build, fresh_prompts
-    from vlmrlhf_course.vlm import VLM, load_vlm
+    from vlmrlhf_course.model.vlm import VLM, load_vlm
     policy, rm = build(cfg, vlm=load_vlm(folder))
     if fixed: policy.vlm.__class__ = Endless
     lib, prompts = Library(policy, rm, cfg), fresh_prompts(cfg, cfg.answers, rounds + 1)
@@ -141,11 +141,11 @@ def compare_dpo(folder, size: int, steps: int, lora: bool):
     "DPO on the same pairs, step by step: (their seconds, ours); pictures encoded a pair, theirs and ours."
     import random
     from benchmarks.common import TowerCount, fresh_prompts
-    from vlmrlhf_course.dpo import DPOTask
-    from vlmrlhf_course.ppo import PPOConfig
-    from vlmrlhf_course.runs import make_accelerator
-    from vlmrlhf_course.sft import backward_through, careless
-    from vlmrlhf_course.vlm import VLM, load_vlm
+    from vlmrlhf_course.train.dpo import DPOTask
+    from vlmrlhf_course.rl.ppo import PPOConfig
+    from vlmrlhf_course.base.runs import make_accelerator
+    from vlmrlhf_course.train.sft import backward_through, careless
+    from vlmrlhf_course.model.vlm import VLM, load_vlm
     prompts, rng = fresh_prompts(PPOConfig(), size * (steps + 1), 1)[0], random.Random(0)
     pairs = [dict(image=p.image, prompt=p.text, chosen=p.answer, rejected=careless(p, rng).answer) for p in prompts]
     model, vlm = their_model(folder), load_vlm(folder)
@@ -201,9 +201,9 @@ def main(argv=None) -> int:
         return 2
     import pathlib
     from benchmarks.common import save
-    from vlmrlhf_course.ppo import PPOConfig
-    from vlmrlhf_course.sft import pretrained_vlm
-    from vlmrlhf_course.vlm import save_vlm
+    from vlmrlhf_course.rl.ppo import PPOConfig
+    from vlmrlhf_course.train.sft import pretrained_vlm
+    from vlmrlhf_course.model.vlm import save_vlm
     torch.set_num_threads(1)
     pairs = []
     with tempfile.TemporaryDirectory() as folder:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from vlmrlhf_course.vlm import VLM, VLMConfig, build_model, build_processor
-from vlmrlhf_course.world import make_prompt, parse_scene, sample_scenes
+from vlmrlhf_course.model.vlm import VLM, VLMConfig, build_model, build_processor
+from vlmrlhf_course.world.scenes import make_prompt, parse_scene, sample_scenes
 
 torch.set_num_threads(1)
 settings.register_profile("course", deadline=None, max_examples=40, derandomize=True)

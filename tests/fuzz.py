@@ -247,7 +247,7 @@ def shape(path) -> str:
 
 def place(text: str) -> str:
     "The innermost function of the package that a stack names."
-    found = re.findall(r'vlmrlhf_course/(\w+)\.py", line \d+,? in (\S+)', text)
+    found = re.findall(r'vlmrlhf_course/(?:\w+/)?(\w+)\.py", line \d+,? in (\S+)', text)
     if not found:
         return ""
     return "at " + ".".join(found[0] if "most recent call first" in text else found[-1])

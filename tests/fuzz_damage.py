@@ -7,7 +7,7 @@ import shutil
 import stat
 from pathlib import Path
 
-from vlmrlhf_course import files
+from vlmrlhf_course.base import files
 
 SMALL = ("sft.projector.steps=2 sft.projector.save_every=1 sft.projector.batch=4 "
          "sft.language.steps=3 sft.language.save_every=1 sft.language.batch=4 "

@@ -16,7 +16,10 @@ from pathlib import Path
 import kill   # sets the environment in which PyTorch is imported
 from accelerate.state import AcceleratorState
 
-from vlmrlhf_course import cli, evaluate, preferences, runs, settings  # noqa: F401
+from vlmrlhf_course import cli
+from vlmrlhf_course.base import runs, settings
+from vlmrlhf_course.data import preferences
+from vlmrlhf_course.report import evaluate  # noqa: F401
 
 ENV = dict(OMP_NUM_THREADS="1", VLMRLHF_QUIET="1", HF_HUB_OFFLINE="1", LANG="C.UTF-8",
            TRANSFORMERS_VERBOSITY="error", TRANSFORMERS_NO_ADVISORY_WARNINGS="1",

@@ -22,7 +22,8 @@ os.environ.update(OMP_NUM_THREADS="1", VLMRLHF_QUIET="1", HF_HUB_OFFLINE="1", TR
 
 from accelerate.state import AcceleratorState
 
-from vlmrlhf_course import cli, evaluate  # noqa: F401  (evaluate imports everything that a run needs)
+from vlmrlhf_course import cli
+from vlmrlhf_course.report import evaluate  # noqa: F401  (evaluate imports everything that a run needs)
 
 ARMS = ("ppo", "ppo_rm", "gold", "hacked")
 STAGES = {"sft": ["sft"], "preferences": ["preferences"], "reward": ["reward", "reward_small"], "ppo": list(ARMS), "evaluate": ["evaluate"]}

@@ -304,17 +304,17 @@ MUTANTS = [
     *of("hallucination.severity", MATHS + "severity", ("without end", "min(2., 1. + step / ramp)", "1. + step / ramp")),
     *of("hallucination.overall_rate", MATHS + "overall_rate",
         ("weights swapped", '.5 * summary["chair_i"] + .3', '.3 * summary["chair_i"] + .5')),
-    *of("world.judge", MATHS + "'judge or imagined or careful or beside'",
+    *of("scenes.judge", MATHS + "'judge or imagined or careful or beside'",
         ("named twice, true twice", "noun in there and noun not in true", "noun in there"),
         ("attributes turned round", "== a[2]", "!= a[2]"),
         ("missed are those that were said", "n not in true)", "n in true)"),
         ("any count is right", "said.count == len(there)", "said.count >= 0"),
         ("any place is right", "said.place == scene.place", "bool(said.place)")),
-    *of("world.judge", HAND + "absent",
+    *of("scenes.judge", HAND + "absent",
         ("relations with absent things are judged", "r[0] in there and r[2] in there", "r[0] in there")),
-    *of("world._relation_holds", MATHS + "'test_judge or beside'", ("no direction at all", 'if relation == "beside"', "if relation")),
-    *of("world.summarise", HAND + "chair_s", ("objects, not answers", "bool(v.false_objects)", "len(v.false_objects)")),
-    *of("world.summarise", MATHS + "summary",
+    *of("scenes._relation_holds", MATHS + "'test_judge or beside'", ("no direction at all", 'if relation == "beside"', "if relation")),
+    *of("scenes.summarise", HAND + "chair_s", ("objects, not answers", "bool(v.false_objects)", "len(v.false_objects)")),
+    *of("scenes.summarise", MATHS + "summary",
         ("share of the true", 'total("false_objects"), total("true_objects")', 'total("true_objects"), total("false_objects")'),
         ("sum of recalls", "sum(v.recall for v in verdicts) / n", "sum(v.recall for v in verdicts)")),
     # --- what a run removes, writes over, reads and believes
@@ -374,9 +374,14 @@ def segment(text, where):
     return node.lineno - 1, node.end_lineno
 
 
+def module(m: Mutant) -> Path:
+    "The file of a mutant's module, in whatever room of the package."
+    return next(f for f in PACKAGE.rglob("*.py") if f.stem == m.where.split(".")[0])
+
+
 def mutate(m: Mutant) -> str:
     "The module with the mutant in it. Raises LookupError unless the snippet occurs exactly once."
-    file = PACKAGE / f"{m.where.split('.')[0]}.py"
+    file = module(m)
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     try: start, end = segment("".join(lines), m.where)
     except StopIteration: raise LookupError(f"{m.where}: not in {file.name}") from None
@@ -390,7 +395,7 @@ def start(tests: str, folder: Path, m: Mutant | None) -> int:
     copy = folder / PACKAGE.name
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "pretrained"))
     (copy / "pretrained").symlink_to(PACKAGE / "pretrained")
-    if m: (copy / f"{m.where.split('.')[0]}.py").write_text(mutate(m), encoding="utf-8")
+    if m: (copy / module(m).relative_to(PACKAGE)).write_text(mutate(m), encoding="utf-8")
     if pid := os.fork(): return pid
     code = 9
     try:
@@ -445,7 +450,7 @@ def warm_up():
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
     sys.path.insert(0, str(PACKAGE.parent))
     import hypothesis, hypothesis.strategies, pytest, torch.multiprocessing, torch.utils.tensorboard  # noqa: E401, F401
-    import vlmrlhf_course.evaluate  # noqa: F401
+    import vlmrlhf_course.report.evaluate  # noqa: F401
     hypothesis.settings.register_profile("mutants", deadline=None, max_examples=40, derandomize=True,   # found is enough: no shrinking
                                          phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
     for name in [n for n in sys.modules if n.split(".")[0] == PACKAGE.name]: del sys.modules[name]

@@ -13,11 +13,13 @@ from test_bad_inputs import refused, tree
 from test_cli import interrupted, same_files, stop_at
 from test_seals import copy_stages, smoke, stopped_sft
 
-from vlmrlhf_course import evaluate, files, launch, sft
-from vlmrlhf_course.checkpoints import Checkpoints, MetricLog, clear_checkpoints, save_folder, save_tensors
+from vlmrlhf_course.base import files, launch
+from vlmrlhf_course.report import evaluate
+from vlmrlhf_course.train import sft
+from vlmrlhf_course.base.checkpoints import Checkpoints, MetricLog, clear_checkpoints, save_folder, save_tensors
 from vlmrlhf_course.cli import Arm, main
-from vlmrlhf_course.runs import Run, UserError, claim, made_with, read_jsonl
-from vlmrlhf_course.sft import FitConfig, fit
+from vlmrlhf_course.base.runs import Run, UserError, claim, made_with, read_jsonl
+from vlmrlhf_course.train.sft import FitConfig, fit
 
 
 # --- processes ------------------------------------------------------------------------------------------------------
@@ -198,7 +200,7 @@ def test_checkpoints_do_not_remove_themselves(tmp_path):
     for n in (900, 901):
         (tmp_path / "checkpoints" / f"step-{n}").mkdir(parents=True)
         (tmp_path / "checkpoints" / f"step-{n}" / "model.bin").write_text("mine")
-    from vlmrlhf_course.runs import make_accelerator
+    from vlmrlhf_course.base.runs import make_accelerator
     accelerator = make_accelerator()
     net = accelerator.prepare(torch.nn.Linear(2, 2))
     saved = Checkpoints(tmp_path / "checkpoints", accelerator)
@@ -285,7 +287,7 @@ def test_a_local_rank_left_over(capsys, tmp_path, monkeypatch, env):
 
 def test_memory_is_not_the_fault_of_a_file(tmp_path):
     "PyTorch's word for a full memory passes; a file in a folder that is called so is still named in a line."
-    from vlmrlhf_course.checkpoints import load_tensors, reading
+    from vlmrlhf_course.base.checkpoints import load_tensors, reading
     with pytest.raises(RuntimeError, match="out of memory"), reading("x", "take another"):
         raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
     (tmp_path / "out of memory").mkdir()

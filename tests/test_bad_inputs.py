@@ -16,13 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vlmrlhf_course import files, sft
+from vlmrlhf_course.base import files
+from vlmrlhf_course.train import sft
 from vlmrlhf_course.cli import main
-from vlmrlhf_course.preferences import load_pairs
-from vlmrlhf_course.reward import group_pairs, swap_pictures
-from vlmrlhf_course.runs import UserError, read_jsonl, write_jsonl
-from vlmrlhf_course.vlm import load_vlm, save_vlm
-from vlmrlhf_course.world import Prompt, WorldConfig, open_image, sample_scenes
+from vlmrlhf_course.data.preferences import load_pairs
+from vlmrlhf_course.train.reward import group_pairs, swap_pictures
+from vlmrlhf_course.base.runs import UserError, read_jsonl, write_jsonl
+from vlmrlhf_course.model.vlm import load_vlm, save_vlm
+from vlmrlhf_course.world.scenes import Prompt, WorldConfig, open_image, sample_scenes
 
 
 def refused(capsys, *argv):
@@ -555,7 +556,7 @@ def test_nothing_in_a_bad_file_reaches_torch_load(tmp_path):
     "Weights are safetensors: a pickle in their place is refused, not executed."
     class Evil:
         def __reduce__(self): return os.mkdir, (str(tmp_path / "executed"),)
-    from vlmrlhf_course.runs import load_tensors
+    from vlmrlhf_course.base.runs import load_tensors
     torch.save(Evil(), tmp_path / "reward.safetensors")
     with pytest.raises(UserError, match="cannot be read"): load_tensors(tmp_path / "reward.safetensors")
     assert not (tmp_path / "executed").exists()

@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(REPO))
 from benchmarks import breakdown, common, gpu, naive, report, scaling, trl_peer
-from vlmrlhf_course.ppo import PPOConfig, train_ppo
-from vlmrlhf_course.preferences import sample_prompts
-from vlmrlhf_course.rollout import plan_prompts, sample
-from vlmrlhf_course.vlm import LoRAConfig
+from vlmrlhf_course.rl.ppo import PPOConfig, train_ppo
+from vlmrlhf_course.data.preferences import sample_prompts
+from vlmrlhf_course.rl.rollout import plan_prompts, sample
+from vlmrlhf_course.model.vlm import LoRAConfig
 
 CFG = PPOConfig(answers=6, minibatch=3, micro_batch=2, max_new_tokens=30, pool=20, lora=LoRAConfig(r=4, alpha=8), actor_lr=1e-3,
                 critic_lr=1e-3)

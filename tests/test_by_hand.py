@@ -12,15 +12,15 @@ from test_properties import cast, experience, rand, rescaled, roll  # noqa: F401
 from torch import nn
 from torch.testing import assert_close
 
-from vlmrlhf_course.kl import grounded_mask
-from vlmrlhf_course.ppo import PPOConfig, PPOState, PPOTask, answer_scores, minibatches, shares, validate
-from vlmrlhf_course.preferences import ranking_pairs
-from vlmrlhf_course.reward import RewardTask, ScoreHead, group_pairs, score_texts
-from vlmrlhf_course.rollout import sample
-from vlmrlhf_course.runs import UserError
-from vlmrlhf_course.sft import FitConfig, SFTTask, fit
-from vlmrlhf_course.vlm import answer, token_logprobs
-from vlmrlhf_course.world import judge, summarise
+from vlmrlhf_course.rl.kl import grounded_mask
+from vlmrlhf_course.rl.ppo import PPOConfig, PPOState, PPOTask, answer_scores, minibatches, shares, validate
+from vlmrlhf_course.data.preferences import ranking_pairs
+from vlmrlhf_course.train.reward import RewardTask, ScoreHead, group_pairs, score_texts
+from vlmrlhf_course.rl.rollout import sample
+from vlmrlhf_course.base.runs import UserError
+from vlmrlhf_course.train.sft import FitConfig, SFTTask, fit
+from vlmrlhf_course.model.vlm import answer, token_logprobs
+from vlmrlhf_course.world.scenes import judge, summarise
 
 
 def reference(cast, roll):

@@ -10,9 +10,9 @@ import pytest
 from conftest import REPO
 
 NOTEBOOKS = sorted((REPO / "nbs").glob("*.ipynb"))
-MODULES = sorted(p for p in (REPO / "vlmrlhf_course").glob("*.py") if not p.name.startswith("_"))
+MODULES = sorted(p for p in (REPO / "vlmrlhf_course").rglob("*.py") if not p.name.startswith("_"))
 BASE = "settings files launch checkpoints runs".split()   # under every chapter: nothing about RLHF
-CHAPTERS = "world vlm sft preferences reward hallucination advantages kl rollout ppo evaluate dpo".split()
+CHAPTERS = "scenes vlm sft preferences reward hallucination advantages kl rollout ppo evaluate dpo".split()
 
 
 def cells(path, kind=None): return [c for c in json.loads(path.read_text("utf-8"))["cells"] if kind in (None, c["cell_type"])]
@@ -21,7 +21,10 @@ def source(cell): return "".join(cell["source"])
 
 def test_there_is_a_notebook_for_every_module():
     "A glob that finds nothing would make every test below pass."
-    assert {re.sub(r"^\d+_", "", p.stem) for p in NOTEBOOKS} >= {p.stem for p in MODULES} >= {*CHAPTERS, "runs", "cli", "pretrain"}
+    exported = [name for p in NOTEBOOKS for c in cells(p, "code") for name in re.findall(r"^#\| default_exp ([\w.]+)$", source(c), re.M)]
+    assert len(set(exported)) == len(exported)
+    there = {".".join(p.relative_to(REPO / "vlmrlhf_course").with_suffix("").parts) for p in MODULES}
+    assert {*exported} == there and {p.stem for p in MODULES} >= {*BASE, *CHAPTERS, "cli", "pretrain"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -61,20 +64,24 @@ def test_export_is_in_step(tmp_path):
     shutil.copy(REPO / "vlmrlhf_course" / "__init__.py", tmp_path / "vlmrlhf_course")
     done = subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    new, old = ({p.name: p.read_bytes() for p in (root / "vlmrlhf_course").glob("*.py")} for root in (tmp_path, REPO))
+    def modules(root): return {str(p.relative_to(root)): p.read_bytes() for p in (root / "vlmrlhf_course").rglob("*.py")}
+    new, old = modules(tmp_path), modules(REPO)
     assert new.keys() == old.keys()
     assert not (stale := [name for name in old if new[name] != old[name]]), f"run nbdev-export: {stale}"
+
+
+ROOMS = {p.parent.name for p in MODULES} - {"vlmrlhf_course"}
 
 
 def imports_of(tree):
     "Names of the course's modules that a module imports, anywhere in it."
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            name = "." * node.level + (node.module or "")
-            if name in (".", "vlmrlhf_course"): yield from (alias.name for alias in node.names)
-            elif m := re.match(r"(?:\.|vlmrlhf_course\.)(\w+)", name): yield m[1]
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "vlmrlhf_course"):
+            last = (node.module or "").split(".")[-1]
+            if last in ("", "vlmrlhf_course", *ROOMS): yield from (alias.name for alias in node.names)
+            else: yield last
         elif isinstance(node, ast.Import):
-            yield from (m[1] for a in node.names if (m := re.match(r"vlmrlhf_course\.(\w+)", a.name)))
+            yield from (a.name.split(".")[-1] for a in node.names if a.name.startswith("vlmrlhf_course."))
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
@@ -103,5 +110,6 @@ class TestModule:
 
 
 def test_the_import_reader_sees_every_form():
-    code = "from .vlm import VLM\nfrom vlmrlhf_course import ppo, kl\nimport vlmrlhf_course.sft\ndef f():\n from vlmrlhf_course.world import Scene\n from . import runs"
-    assert set(imports_of(ast.parse(code))) == {"vlm", "ppo", "kl", "sft", "world", "runs"}
+    code = ("from .vlm import VLM\nfrom vlmrlhf_course.rl import ppo, kl\nimport vlmrlhf_course.train.sft\ndef f():\n"
+            " from vlmrlhf_course.world.scenes import Scene\n from . import runs\n from ..data.preferences import label\n from vlmrlhf_course import cli")
+    assert set(imports_of(ast.parse(code))) == {"vlm", "ppo", "kl", "sft", "scenes", "runs", "preferences", "cli"}

@@ -17,7 +17,10 @@ from conftest import REPO
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-from vlmrlhf_course import cli, ppo, runs, sft
+from vlmrlhf_course import cli
+from vlmrlhf_course.base import runs
+from vlmrlhf_course.rl import ppo
+from vlmrlhf_course.train import sft
 from vlmrlhf_course.cli import build_parser, main, spread
 
 POLICIES = ("sft", "sft_blank", "ppo_rm", "ppo", "best_of_n", "gold")
@@ -171,8 +174,8 @@ class TestRun:
             for b in weights: assert a == b or any(not torch.equal(v, weights[b][k]) for k, v in weights[a].items())
 
     def test_pairs_can_be_read(self, smoke_run):
-        from vlmrlhf_course.preferences import load_pairs
-        from vlmrlhf_course.world import parse_scene, split_of
+        from vlmrlhf_course.data.preferences import load_pairs
+        from vlmrlhf_course.world.scenes import parse_scene, split_of
         for split in ("train", "validation"):
             pairs = load_pairs(smoke_run / "preferences" / f"{split}.jsonl")
             assert pairs and {split_of(parse_scene(r["image"][6:])) for r in pairs} == {split}
@@ -187,7 +190,7 @@ class TestRun:
 
     def test_run_after_evaluate(self, smoke_run, tmp_path, monkeypatch):
         "`vlmrlhf evaluate` writes the report without what the run has cost; `vlmrlhf run` reads it, and computes nothing again."
-        from vlmrlhf_course import evaluate
+        from vlmrlhf_course.report import evaluate
         shutil.copytree(smoke_run, tmp_path / "run")
         report = json.loads((smoke_run / "report.json").read_text())
         argv = ["--scale", "smoke", "--out", str(tmp_path / "run")]

@@ -17,11 +17,14 @@ from safetensors.torch import load_file
 from test_bad_inputs import refused
 from test_cli import interrupted, stop_at
 
-from vlmrlhf_course import cli, files, ppo, sft
+from vlmrlhf_course import cli
+from vlmrlhf_course.base import files
+from vlmrlhf_course.rl import ppo
+from vlmrlhf_course.train import sft
 from vlmrlhf_course.cli import main
-from vlmrlhf_course.runs import UserError, load_tensors, read_jsonl
-from vlmrlhf_course.vlm import load_vlm, save_vlm
-from vlmrlhf_course.world import open_image
+from vlmrlhf_course.base.runs import UserError, load_tensors, read_jsonl
+from vlmrlhf_course.model.vlm import load_vlm, save_vlm
+from vlmrlhf_course.world.scenes import open_image
 
 
 class Evil:
@@ -163,7 +166,7 @@ def test_code_in_a_model_folder(vlm, tmp_path, monkeypatch, where):
 
 def test_remote_code_on_request(monkeypatch, vlm, tmp_path):
     "Only the caller can allow it, and then for model and processor alike."
-    from vlmrlhf_course import vlm as module
+    from vlmrlhf_course.model import vlm as module
     save_vlm(vlm, tmp_path / "model")
     seen = []
     original = module.AutoProcessor.from_pretrained

@@ -7,10 +7,10 @@ from conftest import SCENE, SMALL
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmrlhf_course.evaluate import COLUMNS, NAMES, bootstrap_interval, detail_prompts, figures, report_html, speak_greedily, text_table
-from vlmrlhf_course.reward import RewardConfig, RewardModel
-from vlmrlhf_course.vlm import VLM, LoRAConfig, answer, build_model, build_processor, token_logprobs
-from vlmrlhf_course.world import describe, sample_scenes
+from vlmrlhf_course.report.evaluate import COLUMNS, NAMES, bootstrap_interval, detail_prompts, figures, report_html, speak_greedily, text_table
+from vlmrlhf_course.train.reward import RewardConfig, RewardModel
+from vlmrlhf_course.model.vlm import VLM, LoRAConfig, answer, build_model, build_processor, token_logprobs
+from vlmrlhf_course.world.scenes import describe, sample_scenes
 
 
 class TestBootstrap:

@@ -12,14 +12,14 @@ from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
-from vlmrlhf_course.families import FAMILIES, _text, family_of, tiny_model
-from vlmrlhf_course.ppo import ActorCritic, PPOConfig, PPOTask, make_experience
-from vlmrlhf_course.reward import RewardConfig, RewardModel, score_texts
-from vlmrlhf_course.rollout import sample
-from vlmrlhf_course.runs import UserError, make_accelerator
-from vlmrlhf_course.sft import SFTTask, backward_through
-from vlmrlhf_course.vlm import VLM, LoRAConfig, answer, load_vlm, save_vlm, token_logprobs
-from vlmrlhf_course.world import Prompt, open_image
+from vlmrlhf_course.model.families import FAMILIES, _text, family_of, tiny_model
+from vlmrlhf_course.rl.ppo import ActorCritic, PPOConfig, PPOTask, make_experience
+from vlmrlhf_course.train.reward import RewardConfig, RewardModel, score_texts
+from vlmrlhf_course.rl.rollout import sample
+from vlmrlhf_course.base.runs import UserError, make_accelerator
+from vlmrlhf_course.train.sft import SFTTask, backward_through
+from vlmrlhf_course.model.vlm import VLM, LoRAConfig, answer, load_vlm, save_vlm, token_logprobs
+from vlmrlhf_course.world.scenes import Prompt, open_image
 
 SMALL_LORA = LoRAConfig(r=2, alpha=4)
 TEXT_ONLY = [k for k in FAMILIES if k != "paligemma"]

@@ -15,9 +15,12 @@ import pytest
 from conftest import REPO
 from test_cli import fails
 from torch.distributed import HashStore
-from vlmrlhf_course import evaluate, launch, pretrain, runs, sft
+from vlmrlhf_course.base import launch, runs
+from vlmrlhf_course.report import evaluate
+from vlmrlhf_course.train import sft
+from vlmrlhf_course.world import pretrain
 from vlmrlhf_course.cli import Arm, _start_arm, build_parser, main
-from vlmrlhf_course.settings import OTHER_LAUNCHERS, UserError
+from vlmrlhf_course.base.settings import OTHER_LAUNCHERS, UserError
 
 STEPS = ["--set", "sft.projector.steps=1", "sft.language.steps=1"]
 SMOKE = ["--scale", "smoke"]

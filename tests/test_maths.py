@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
-from vlmrlhf_course.advantages import ValueHead, gae, potential_shaping, token_rewards, vision_gamma, whiten
-from vlmrlhf_course.hallucination import SCHEDULED, PenaltyConfig, hallucinations, overall_rate, penalty, pope_questions, severity
-from vlmrlhf_course.kl import AdaptiveController, ProportionalController, full_kl, kl_by_grounding, kl_estimate
-from vlmrlhf_course.ppo import PPOConfig, phase, ppo_policy_loss, value_loss
-from vlmrlhf_course.preferences import (annotate, balance, cohen_kappa, dedupe, doctor, fleiss_kappa, length_bias, most_diverse, pairwise_votes,
+from vlmrlhf_course.rl.advantages import ValueHead, gae, potential_shaping, token_rewards, vision_gamma, whiten
+from vlmrlhf_course.world.hallucination import SCHEDULED, PenaltyConfig, hallucinations, overall_rate, penalty, pope_questions, severity
+from vlmrlhf_course.rl.kl import AdaptiveController, ProportionalController, full_kl, kl_by_grounding, kl_estimate
+from vlmrlhf_course.rl.ppo import PPOConfig, phase, ppo_policy_loss, value_loss
+from vlmrlhf_course.data.preferences import (annotate, balance, cohen_kappa, dedupe, doctor, fleiss_kappa, length_bias, most_diverse, pairwise_votes,
                                         ranking_pairs, similarity, tie_break, true_score, unsafe_claims)
-from vlmrlhf_course.reward import (ScoreHead, bt_loss, composite_weights, consistency, crossed_pairs, diagnose, early_stop, gated_score, last_real,
+from vlmrlhf_course.train.reward import (ScoreHead, bt_loss, composite_weights, consistency, crossed_pairs, diagnose, early_stop, gated_score, last_real,
                                    reliability, segment_scores, swap_pictures)
-from vlmrlhf_course.rollout import length_groups, padding_share, plan_prompts
-from vlmrlhf_course.sft import careless, converged, unfrozen_layers, warmup_cosine
-from vlmrlhf_course.vlm import masked_mean, token_logprobs
-from vlmrlhf_course.world import (KINDS, NOUNS, PLACES, RESERVED, Prompt, describe, imagine, judge, make_prompt, parse_scene, sample_scene,
+from vlmrlhf_course.rl.rollout import length_groups, padding_share, plan_prompts
+from vlmrlhf_course.train.sft import careless, converged, unfrozen_layers, warmup_cosine
+from vlmrlhf_course.model.vlm import masked_mean, token_logprobs
+from vlmrlhf_course.world.scenes import (KINDS, NOUNS, PLACES, RESERVED, Prompt, describe, imagine, judge, make_prompt, parse_scene, sample_scene,
                                   sample_scenes, split_of, summarise)
 
 seeds = st.integers(0, 10 ** 6)

@@ -9,18 +9,18 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vlmrlhf_course import reward
-from vlmrlhf_course.kl import full_kl, grounded_mask
-from vlmrlhf_course.ppo import ActorCritic, PPOConfig, PPOState, PPOTask, make_experience, train_ppo
-from vlmrlhf_course.preferences import sample_prompts
-from vlmrlhf_course.reward import (EarlyStopping, RewardConfig, RewardModel, RewardTask, early_stop, group_pairs, pair_accuracy, score_texts,
+from vlmrlhf_course.train import reward
+from vlmrlhf_course.rl.kl import full_kl, grounded_mask
+from vlmrlhf_course.rl.ppo import ActorCritic, PPOConfig, PPOState, PPOTask, make_experience, train_ppo
+from vlmrlhf_course.data.preferences import sample_prompts
+from vlmrlhf_course.train.reward import (EarlyStopping, RewardConfig, RewardModel, RewardTask, early_stop, group_pairs, pair_accuracy, score_texts,
                                    train_reward)
-from vlmrlhf_course.rollout import merged, sample, texts, with_answers
-from vlmrlhf_course.runs import make_accelerator, read_jsonl
-from vlmrlhf_course.sft import FitConfig, SFTTask, backward_through, grad_norms, pretrained_vlm, unfreeze_tower
-from vlmrlhf_course.runs import UserError
-from vlmrlhf_course.vlm import (VLM, Batch, LoRAConfig, answer, build_model, build_processor, load_vlm, pad_sides, save_vlm, token_logprobs)
-from vlmrlhf_course.world import Prompt, open_image
+from vlmrlhf_course.rl.rollout import merged, sample, texts, with_answers
+from vlmrlhf_course.base.runs import make_accelerator, read_jsonl
+from vlmrlhf_course.train.sft import FitConfig, SFTTask, backward_through, grad_norms, pretrained_vlm, unfreeze_tower
+from vlmrlhf_course.base.runs import UserError
+from vlmrlhf_course.model.vlm import (VLM, Batch, LoRAConfig, answer, build_model, build_processor, load_vlm, pad_sides, save_vlm, token_logprobs)
+from vlmrlhf_course.world.scenes import Prompt, open_image
 
 SMALL_LORA = LoRAConfig(r=4, alpha=8)
 

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_bad_inputs import refused, tree
 
-from vlmrlhf_course import files
-from vlmrlhf_course.checkpoints import MetricLog, clear_checkpoints, save_folder, save_tensors
+from vlmrlhf_course.base import files
+from vlmrlhf_course.base.checkpoints import MetricLog, clear_checkpoints, save_folder, save_tensors
 from vlmrlhf_course.cli import main
-from vlmrlhf_course.runs import Run, UserError, claim
+from vlmrlhf_course.base.runs import Run, UserError, claim
 
 DELETING = {"rmtree", "unlink", "rmdir", "removedirs", "truncate", "ftruncate", "rename", "move"}
 
@@ -32,7 +32,7 @@ def names_called(path):
 def test_one_module_deletes():
     "What removes or cuts a file stands in `files`, in `remove` and its helpers, and nowhere else in the package."
     where = {}
-    for path in (REPO / "vlmrlhf_course").glob("*.py"):
+    for path in (REPO / "vlmrlhf_course").rglob("*.py"):
         for name in names_called(path):
             if name.split(".")[1] in DELETING or name == "os.remove":
                 where.setdefault(path.stem, set()).add(name)

@@ -14,15 +14,15 @@ from test_model import SMALL_LORA
 from test_properties import small_ppo
 from transformers import DynamicCache, LlavaConfig, MistralConfig
 
-from vlmrlhf_course.dpo import DPOTask
-from vlmrlhf_course.families import FAMILIES, Pictures
-from vlmrlhf_course.packing import distinct, layout, pack, packing_size, same_prompts, who_sees
-from vlmrlhf_course.ppo import PPOConfig, PPOTask, make_experience, minibatches, shares, train_ppo
-from vlmrlhf_course.reward import RewardConfig, RewardModel, RewardTask, group_pairs
-from vlmrlhf_course.rollout import length_groups, sample
-from vlmrlhf_course.runs import UserError
-from vlmrlhf_course.vlm import VLM, build_model, build_processor, pad_sides
-from vlmrlhf_course.world import Prompt, make_prompt, sample_scenes
+from vlmrlhf_course.train.dpo import DPOTask
+from vlmrlhf_course.model.families import FAMILIES, Pictures
+from vlmrlhf_course.model.packing import distinct, layout, pack, packing_size, same_prompts, who_sees
+from vlmrlhf_course.rl.ppo import PPOConfig, PPOTask, make_experience, minibatches, shares, train_ppo
+from vlmrlhf_course.train.reward import RewardConfig, RewardModel, RewardTask, group_pairs
+from vlmrlhf_course.rl.rollout import length_groups, sample
+from vlmrlhf_course.base.runs import UserError
+from vlmrlhf_course.model.vlm import VLM, build_model, build_processor, pad_sides
+from vlmrlhf_course.world.scenes import Prompt, make_prompt, sample_scenes
 
 ANSWERS = ["a red cat .", "no .", "yes a small boat .", "a large blue cat . yes . no ."]
 PACKING = {"llava", "llava_next", "qwen2_5_vl", "idefics3", "internvl"}
@@ -203,7 +203,7 @@ def test_a_prompt_is_read_once_in_sampling(tiny, monkeypatch):
     said, rows = described(2, 4), []
     monkeypatch.setattr(VLM, "embed", lambda self, batch, role=None, own=VLM.embed: rows.append(len(batch)) or own(self, batch, role))
     once = sample(tiny, said, max_new_tokens=12, seed=5)
-    monkeypatch.setattr("vlmrlhf_course.vlm.same_prompts", lambda keys: torch.arange(len(keys)))
+    monkeypatch.setattr("vlmrlhf_course.model.vlm.same_prompts", lambda keys: torch.arange(len(keys)))
     apart = sample(tiny, said, max_new_tokens=12, seed=5)
     assert rows == [2, 8] and torch.equal(once.batch.input_ids, apart.batch.input_ids) and len({tuple(r) for r in once.batch.answers.tolist()}) > 2
     close(once.logprobs, apart.logprobs)
@@ -244,7 +244,7 @@ def test_minibatches_hold_whole_prompts():
 
 def test_a_batch_that_cannot_be_shared_out_is_refused_before_anything_is_sampled(tiny, tmp_path, monkeypatch):
     policy, rm, cfg, pool = small_ppo(tiny)
-    monkeypatch.setattr("vlmrlhf_course.ppo.make_accelerator", lambda: SimpleNamespace(process_index=0, num_processes=4))
+    monkeypatch.setattr("vlmrlhf_course.rl.ppo.make_accelerator", lambda: SimpleNamespace(process_index=0, num_processes=4))
     with pytest.raises(UserError, match="answers=6.*4 × 1"): train_ppo(policy, rm, pool, pool[:2], cfg, tmp_path)
 
 
@@ -272,7 +272,7 @@ def test_a_run_samples_each_prompt_as_often_as_asked(tmp_path, monkeypatch):
     def watched(vlm, prompts, *args, own=sample, **kwargs):
         drawn.append([p.image for p in prompts])
         return own(vlm, prompts, *args, **kwargs)
-    monkeypatch.setattr("vlmrlhf_course.rollout.sample", watched)
+    monkeypatch.setattr("vlmrlhf_course.rl.rollout.sample", watched)
     monkeypatch.setattr(VLM, "answer_states", lambda self, batch, role=None, own=VLM.answer_states: read.append(batch.asked.tolist()) or own(self, batch, role))
     before = copy.deepcopy({n: p.detach() for n, p in policy.named_parameters() if p.requires_grad})
     train_ppo(policy, rm, pool, pool[:2], cfg, tmp_path)

@@ -6,14 +6,14 @@ import torch
 from conftest import SMALL
 from torch.testing import assert_close
 
-from vlmrlhf_course import ppo
+from vlmrlhf_course.rl import ppo
 from vlmrlhf_course.cli import main
-from vlmrlhf_course.ppo import ActorCritic, PPOConfig, PPOState, StepGuard, answer_figures, answer_scores, train_ppo
-from vlmrlhf_course.preferences import sample_prompts
-from vlmrlhf_course.reward import RewardConfig, RewardModel
-from vlmrlhf_course.rollout import sample
-from vlmrlhf_course.runs import UserError, make_accelerator, read_jsonl
-from vlmrlhf_course.vlm import VLM, LoRAConfig, build_model, build_processor
+from vlmrlhf_course.rl.ppo import ActorCritic, PPOConfig, PPOState, StepGuard, answer_figures, answer_scores, train_ppo
+from vlmrlhf_course.data.preferences import sample_prompts
+from vlmrlhf_course.train.reward import RewardConfig, RewardModel
+from vlmrlhf_course.rl.rollout import sample
+from vlmrlhf_course.base.runs import UserError, make_accelerator, read_jsonl
+from vlmrlhf_course.model.vlm import VLM, LoRAConfig, build_model, build_processor
 
 LORA, UPDATES = LoRAConfig(r=4, alpha=8), 4   # updates in an iteration
 

@@ -9,12 +9,12 @@ import torch
 from conftest import SMALL
 from transformers import PreTrainedModel
 
-from vlmrlhf_course import pretrain as P
-from vlmrlhf_course import sft
-from vlmrlhf_course.runs import read_jsonl
-from vlmrlhf_course.sft import FitConfig, SFTTask, fit
-from vlmrlhf_course.vlm import VLM, VLMConfig, build_model, build_processor
-from vlmrlhf_course.world import sample_scenes
+from vlmrlhf_course.world import pretrain as P
+from vlmrlhf_course.train import sft
+from vlmrlhf_course.base.runs import read_jsonl
+from vlmrlhf_course.train.sft import FitConfig, SFTTask, fit
+from vlmrlhf_course.model.vlm import VLM, VLMConfig, build_model, build_processor
+from vlmrlhf_course.world.scenes import sample_scenes
 
 FOLDER = files("vlmrlhf_course") / "pretrained"
 RECORD = json.loads((FOLDER / "record.json").read_text())
@@ -47,7 +47,7 @@ def test_first_steps_of_both_fits_repeat(tmp_path):
     tower = first_losses(P.tower_items(cfg.tower_scenes, cfg.tower.batch), 3, lambda at: fit(task, at, cfg.tower, tmp_path / "t", "t"), tmp_path / "t")
     assert tower == pytest.approx(RECORD["tower"]["losses"], rel=1e-4)
 
-    from vlmrlhf_course.sft import pretrained_vlm
+    from vlmrlhf_course.train.sft import pretrained_vlm
     vlm.model.requires_grad_(True)
     vlm.tower.load_state_dict(pretrained_vlm().tower.state_dict())
     vlm.tower.requires_grad_(False)

@@ -14,13 +14,13 @@ from test_model import SMALL_LORA, reward_model
 from test_properties import small_ppo
 from torch import nn
 
-from vlmrlhf_course.ppo import ActorCritic, PPOConfig, PPOTask, make_experience, train_ppo
-from vlmrlhf_course.reward import RewardTask, group_pairs
-from vlmrlhf_course.rollout import Rollout
-from vlmrlhf_course.runs import make_accelerator
-from vlmrlhf_course.sft import FitConfig, SFTTask, backward_through, fit
-from vlmrlhf_course.vlm import VLM, build_model, build_processor, token_logprobs
-from vlmrlhf_course.world import make_prompt, sample_scenes
+from vlmrlhf_course.rl.ppo import ActorCritic, PPOConfig, PPOTask, make_experience, train_ppo
+from vlmrlhf_course.train.reward import RewardTask, group_pairs
+from vlmrlhf_course.rl.rollout import Rollout
+from vlmrlhf_course.base.runs import make_accelerator
+from vlmrlhf_course.train.sft import FitConfig, SFTTask, backward_through, fit
+from vlmrlhf_course.model.vlm import VLM, build_model, build_processor, token_logprobs
+from vlmrlhf_course.world.scenes import make_prompt, sample_scenes
 
 
 def problem(name, reduce=lambda x: x, rank=0, world=1):

@@ -15,17 +15,17 @@ from test_model import SMALL_LORA, close, push, reward_model, spread_out, values
 from torch import nn
 from torch.testing import assert_close
 
-from vlmrlhf_course.advantages import gae, potential_shaping, token_rewards, whiten
-from vlmrlhf_course.hallucination import penalty
-from vlmrlhf_course.kl import full_kl, kl_estimate
-from vlmrlhf_course.ppo import ActorCritic, PPOConfig, answer_scores, make_experience, ppo_policy_loss, train_ppo
-from vlmrlhf_course.preferences import sample_prompts, true_score
-from vlmrlhf_course.reward import RewardConfig, RewardModel, score_texts
-from vlmrlhf_course.rollout import Rollout, sample
-from vlmrlhf_course.runs import read_jsonl
-from vlmrlhf_course.sft import FitConfig, SFTTask, fit
-from vlmrlhf_course.vlm import VLM, LoRAConfig, build_model, build_processor, load_vlm, save_vlm
-from vlmrlhf_course.world import Prompt, describe, judge
+from vlmrlhf_course.rl.advantages import gae, potential_shaping, token_rewards, whiten
+from vlmrlhf_course.world.hallucination import penalty
+from vlmrlhf_course.rl.kl import full_kl, kl_estimate
+from vlmrlhf_course.rl.ppo import ActorCritic, PPOConfig, answer_scores, make_experience, ppo_policy_loss, train_ppo
+from vlmrlhf_course.data.preferences import sample_prompts, true_score
+from vlmrlhf_course.train.reward import RewardConfig, RewardModel, score_texts
+from vlmrlhf_course.rl.rollout import Rollout, sample
+from vlmrlhf_course.base.runs import read_jsonl
+from vlmrlhf_course.train.sft import FitConfig, SFTTask, fit
+from vlmrlhf_course.model.vlm import VLM, LoRAConfig, build_model, build_processor, load_vlm, save_vlm
+from vlmrlhf_course.world.scenes import Prompt, describe, judge
 
 seeds = st.integers(0, 10 ** 6)
 few = settings(max_examples=12)

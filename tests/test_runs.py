@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-import vlmrlhf_course.runs as runs_module
-from vlmrlhf_course import files
-from vlmrlhf_course.runs import (Checkpoints, MetricLog, Run, Settings, StepGuard, UserError, build_config, course_run, load_layers,
+import vlmrlhf_course.base.runs as runs_module
+from vlmrlhf_course.base import files
+from vlmrlhf_course.base.runs import (Checkpoints, MetricLog, Run, Settings, StepGuard, UserError, build_config, course_run, load_layers,
                                  load_settings, make_accelerator, nearest, read_jsonl, scales, write_jsonl, write_text)
-from vlmrlhf_course.sft import FitConfig, fit
+from vlmrlhf_course.train.sft import FitConfig, fit
 
 
 @dataclass(frozen=True)

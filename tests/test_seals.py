@@ -11,13 +11,15 @@ from test_bad_inputs import edit_json, edit_record, refused, tree
 from test_cli import interrupted, same_files, stop_at
 from test_properties import small_ppo
 
-from vlmrlhf_course import evaluate, ppo, rollout, sft
+from vlmrlhf_course.report import evaluate
+from vlmrlhf_course.rl import ppo, rollout
+from vlmrlhf_course.train import sft
 from vlmrlhf_course.cli import main
-from vlmrlhf_course.evaluate import before_after_figure, curve, first_false
-from vlmrlhf_course.preferences import fleiss_kappa
-from vlmrlhf_course.runs import UserError, read_jsonl
-from vlmrlhf_course.vlm import VLM, build_model, build_processor
-from vlmrlhf_course.world import describe
+from vlmrlhf_course.report.evaluate import before_after_figure, curve, first_false
+from vlmrlhf_course.data.preferences import fleiss_kappa
+from vlmrlhf_course.base.runs import UserError, read_jsonl
+from vlmrlhf_course.model.vlm import VLM, build_model, build_processor
+from vlmrlhf_course.world.scenes import describe
 
 
 def smoke(verb, folder, *more): return list(map(str, [verb, "--scale", "smoke", "--out", folder, *more]))

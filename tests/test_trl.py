@@ -25,11 +25,11 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.utils import add_fused_lm_head, entropy_from_logits, pad, selective_log_softmax
 
-from vlmrlhf_course.kl import full_kl, kl_estimate
-from vlmrlhf_course.ppo import ppo_policy_loss
-from vlmrlhf_course.reward import ScoreHead, bt_loss, last_real
-from vlmrlhf_course.vlm import LoRAConfig, masked_mean, pad_sides, token_logprobs
-from vlmrlhf_course.world import open_image
+from vlmrlhf_course.rl.kl import full_kl, kl_estimate
+from vlmrlhf_course.rl.ppo import ppo_policy_loss
+from vlmrlhf_course.train.reward import ScoreHead, bt_loss, last_real
+from vlmrlhf_course.model.vlm import LoRAConfig, masked_mean, pad_sides, token_logprobs
+from vlmrlhf_course.world.scenes import open_image
 
 
 def rand(*shape, seed=0, scale=1.): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale

@@ -21,8 +21,8 @@ import threading
 import time
 from pathlib import Path
 from safetensors import SafetensorError
-from .settings import (Settings, UserError, alone, check_launch, home, is_main, load_layers, load_settings, nearest, notice,
-                       scales)
+from .base.settings import (Settings, UserError, alone, check_launch, home, is_main, load_layers, load_settings,
+                                         nearest, notice, scales)
 
 # %% ../nbs/91_cli.ipynb #sections
 ARM_NAMES = ("ppo", "ppo_rm", "gold", "hacked")
@@ -31,12 +31,12 @@ STAGES = ("sft", "preferences", "reward", "reward_small", *ARM_NAMES, "evaluate"
 
 def sections() -> dict:
     "Every section of the configuration: name → (dataclass, section it inherits from)."
-    from vlmrlhf_course.evaluate import EvaluateConfig
-    from vlmrlhf_course.ppo import PPOConfig
-    from vlmrlhf_course.preferences import PreferencesConfig
-    from vlmrlhf_course.reward import RewardConfig
-    from vlmrlhf_course.sft import SFTConfig
-    from vlmrlhf_course.world import WorldConfig
+    from vlmrlhf_course.report.evaluate import EvaluateConfig
+    from vlmrlhf_course.rl.ppo import PPOConfig
+    from vlmrlhf_course.data.preferences import PreferencesConfig
+    from vlmrlhf_course.train.reward import RewardConfig
+    from vlmrlhf_course.train.sft import SFTConfig
+    from vlmrlhf_course.world.scenes import WorldConfig
     ppo = {arm: (PPOConfig, "ppo") for arm in ("ppo_rm", "gold", "hacked")}
     return dict(world=(WorldConfig, None), sft=(SFTConfig, None), preferences=(PreferencesConfig, None), reward=(RewardConfig, None),
                 reward_small=(RewardConfig, "reward"), ppo=(PPOConfig, None), **ppo, evaluate=(EvaluateConfig, None))
@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
 # %% ../nbs/91_cli.ipynb #run-one
 def open_run(args, seed: int, folder: Path):
     "The run's folder, every section checked before anything is computed."
-    from vlmrlhf_course.runs import Run, share
+    from vlmrlhf_course.base.runs import Run, share
     run, known = Run(folder, args.scale, args.set, seed, args.skip_bad, inherited()), sections()
     for name in run.layers:
         if name not in known:
@@ -103,7 +103,7 @@ def open_run(args, seed: int, folder: Path):
 
 def take_folder(run, stages):
     "Take the run's folder, and refuse what does not belong together; before hours of computing."
-    from vlmrlhf_course.runs import RUN, claim, known_file, locked
+    from vlmrlhf_course.base.runs import RUN, claim, known_file, locked
     claim(run.folder)
     run.refuse_others(stages)
     with locked(run.folder):
@@ -134,8 +134,8 @@ def _rows(file: Path) -> int: return file.read_bytes().count(b"\n") if file.is_f
 
 def train_arms(run, args, jobs: int):
     "Train every PPO arm, `jobs` at a time, each in a process of its own; one progress bar over all."
-    from vlmrlhf_course.ppo import PPOConfig, ppo_stage
-    from vlmrlhf_course.runs import progress
+    from vlmrlhf_course.rl.ppo import PPOConfig, ppo_stage
+    from vlmrlhf_course.base.runs import progress
     waiting, running = [arm for arm in ARM_NAMES if not (run.path(arm) / "done.json").is_file()], {}
     if not alone():                              # under torchrun: one after the other, each on all processes
         for arm in waiting:
@@ -232,9 +232,9 @@ def end_with_parent():
 # %% ../nbs/91_cli.ipynb #run-all
 def run_all(run, args) -> dict:
     "Every stage in order; prints the table and where the report is."
-    from vlmrlhf_course.evaluate import evaluate_stage, finished_report, text_table
-    from vlmrlhf_course.reward import reward_stage
-    from vlmrlhf_course.runs import share
+    from vlmrlhf_course.report.evaluate import evaluate_stage, finished_report, text_table
+    from vlmrlhf_course.train.reward import reward_stage
+    from vlmrlhf_course.base.runs import share
     start, jobs = time.time(), min(2, os.cpu_count() or 1)
     def cost():
         own, child = (resource.getrusage(who).ru_maxrss / 2 ** 20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -274,14 +274,14 @@ def execute(args) -> int:
     if inherited() is None:
         load_layers(args.scale, args.set)   # a mistake in these is said before PyTorch is loaded
     import torch
-    from vlmrlhf_course.launch import keep_memory, make_accelerator, peers
+    from vlmrlhf_course.base.launch import keep_memory, make_accelerator, peers
     torch.set_num_threads(args.threads)
     keep_memory()
     if not alone():
         peers()                             # now, so that a process that never comes is missed at once
     make_accelerator()                      # what it refuses is refused before anything is written
     if args.verb == "pretrain":
-        from vlmrlhf_course.pretrain import pretrain
+        from vlmrlhf_course.world.pretrain import pretrain
         pretrain(home(args.out, "--out") if args.out else "pretrained", seed=args.seed)
         return 0
     base = home(args.out, "--out") if args.out else home(load_settings().runs, "runs") / f"{Path(args.scale).stem}-seed-{args.seed}"
@@ -290,8 +290,8 @@ def execute(args) -> int:
 
 def run_seeds(args, base: Path) -> int:
     "`vlmrlhf run`, for one seed or several."
-    from vlmrlhf_course.files import write_known
-    from vlmrlhf_course.runs import RUN, claim, known_file, share
+    from vlmrlhf_course.base.files import write_known
+    from vlmrlhf_course.base.runs import RUN, claim, known_file, share
     folders = {seed: base / f"seed-{seed}" if args.seeds > 1 else base for seed in range(args.seed, args.seed + args.seeds)}
     if args.resume and not any((f / "config.yaml").is_file() for f in folders.values()):
         raise UserError(f"{base}: no run to resume there; give the --out, --scale and --seed of a run, or leave out --resume")
@@ -308,10 +308,10 @@ def run_seeds(args, base: Path) -> int:
 def run_stage(args, base: Path) -> int:
     "The verb of one stage."
     run = open_run(args, args.seed, base)
-    from vlmrlhf_course import evaluate, ppo, preferences, reward, sft
-    stage = dict(sft=sft.sft_stage, preferences=preferences.preferences_stage, reward=reward.reward_stage, evaluate=evaluate.evaluate_stage,
-                 ppo=lambda r: ppo.ppo_stage(r, args.arm))[args.verb]
-    stage(run)
+    from vlmrlhf_course.data.preferences import preferences_stage
+    from vlmrlhf_course.report import evaluate as e
+    dict(sft=e.sft_stage, preferences=preferences_stage, reward=e.reward_stage, evaluate=e.evaluate_stage,
+         ppo=lambda r: e.ppo_stage(r, args.arm))[args.verb](run)
     record_settings(run)
     print(f"{args.verb}: done, in {base}")
     return 0
@@ -324,8 +324,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         return f"cannot write: {text}; make room on the disk, and the same command continues", 2
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else text, 2
-    from vlmrlhf_course.checkpoints import NO_MEMORY
-    from vlmrlhf_course.launch import lost_peer
+    from vlmrlhf_course.base.checkpoints import NO_MEMORY
+    from vlmrlhf_course.base.launch import lost_peer
     if isinstance(error, MemoryError) or any(said in text for said in NO_MEMORY):
         return f"not enough memory ({text or 'for Python'}); give smaller sizes, such as a smaller micro_batch", 2
     if "probability tensor contains" in text or isinstance(error, FloatingPointError):
@@ -390,9 +390,9 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         if line:
             print(line, file=sys.stderr)
-        if runs := sys.modules.get("vlmrlhf_course.runs"):
+        if runs := sys.modules.get("vlmrlhf_course.base.runs"):
             runs.unlock()
-        if launch := sys.modules.get("vlmrlhf_course.launch"):
+        if launch := sys.modules.get("vlmrlhf_course.base.launch"):
             launch.leave(well=status == 0)
     return status
 
