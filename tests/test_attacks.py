@@ -294,3 +294,32 @@ def test_memory_is_not_the_fault_of_a_file(tmp_path):
     (tmp_path / "out of memory" / "w.safetensors").write_text("x")
     with pytest.raises(UserError, match="cannot be read"):
         load_tensors(tmp_path / "out of memory" / "w.safetensors")
+
+
+@pytest.mark.parametrize("stage", ["ppo", "reward_small", "preferences"])
+def test_a_finished_run_that_lost_a_stage_makes_it_again(capsys, smoke_run, tmp_path, stage):
+    "The report alone is not the run: a stage that is gone is named and made again, to the same digit."
+    folder = tmp_path / "run"
+    shutil.copytree(smoke_run, folder)
+    shutil.rmtree(folder / stage)
+    assert main(smoke("run", folder)) == 0
+    assert f"{folder / stage}" in capsys.readouterr().err and (folder / stage / "done.json").is_file()
+    before, after = (json.loads((f / "report.json").read_text()) for f in (smoke_run, folder))
+    assert after | dict(run=0) == before | dict(run=0)
+
+
+def test_a_finished_run_with_a_damaged_stage_is_refused(capsys, smoke_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(smoke_run, folder)
+    (folder / "ppo" / "actor.safetensors").write_bytes(b"cut")
+    assert "actor.safetensors" in refused(capsys, *smoke("run", folder))
+
+
+def test_only_names_that_we_give_are_swept(tmp_path):
+    "An empty folder that somebody calls `.part-a` is not ours; one with our kind of name, left by a crash, is."
+    for name in (".part-a", ".part-language", ".part-x-12"):
+        (tmp_path / name).mkdir()
+    ours = tmp_path / ".part-language-ab_12xyz"
+    ours.mkdir()
+    files.sweep(tmp_path)
+    assert not ours.exists() and len(list(tmp_path.iterdir())) == 3

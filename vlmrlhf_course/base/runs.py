@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FULL', 'RUN', 'LOG', 'read_record', 'same_settings', 'agrees', 'lock', 'unlock', 'locked', 'claim', 'run_record',
-           'has_record', 'only_log', 'remains', 'Run', 'made_with', 'course_run']
+           'has_record', 'only_log', 'Run', 'made_with', 'course_run']
 
 # %% ../../nbs/90_runs.ipynb #imports
 import errno
@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from .checkpoints import (Checkpoints, MetricLog, StepGuard, clear_checkpoints, drawing, load_model, load_tensors,
                           mean_of, progress, reading, save_folder, save_tensors, seed_of)
 from .files import (MANIFEST, MARK, SIGNATURE, added, changed, damage, digest, digest_of, digest_of_records, jsonl,
-                    known_file, read_jsonl, remove, seal, sealed_as, sum_of, sweep, write_jsonl, write_known, write_text)
+                    known_file, read_jsonl, remains, remove, seal, sealed_as, sum_of, sweep, write_jsonl, write_known, write_text)
 from .launch import environment, keep_memory, lost_peer, make_accelerator, share, together
 from .settings import (Settings, UserError, alone, build_config, check_choices, check_mixture, check_ranges, env_number,
                        home, is_main, load_layers, load_settings, nearest, notice, open_regular, read_text, scales)
@@ -196,12 +196,6 @@ def has_record(stage: Path) -> bool:
 def only_log(stage: Path) -> bool:
     "Is a folder empty, but for the log of the process that is to make the stage, and for what a crash left?"
     return all(f.name == LOG and f.is_file() and not f.is_symlink() or remains(f) for f in stage.iterdir())
-
-
-def remains(entry: Path) -> bool:
-    "Is this what a crash of ours has left: a half-written folder with its mark, or one that was just made?"
-    named = entry.name.startswith(".part-") and entry.is_dir() and not entry.is_symlink()
-    return named and ((entry / MARK).is_file() or not any(entry.iterdir()))
 
 # %% ../../nbs/90_runs.ipynb #run
 class Run:

@@ -300,10 +300,13 @@ def figures_digest(report: dict) -> str:
 
 
 def finished_report(run: Run, uses: dict) -> dict:
-    "The report of a finished evaluation; {} where there is none, or it lost a file. Raises UserError where one is not what was written."
+    """The report of a finished evaluation; {} where there is none, or where a file of it or a stage before it is gone. Raises
+    UserError where one is not what was written."""
     record = run.path("evaluate") / "done.json"
     if not record.is_file() or not same_settings(record, uses): return {}
-    lost = [f for f in (run.folder / name for name in REPORT) if not os.path.lexists(f)]
+    stages = [name for name in uses if name not in ("seed", "environment", "world")]   # those with a folder
+    wanted = [run.folder / name for name in REPORT] + [run.path(stage) / "done.json" for stage in stages]
+    lost = [f for f in wanted if not os.path.lexists(f)]
     if lost:
         notice(f"{lost[0]} is gone: made again")
         return {}
@@ -312,7 +315,8 @@ def finished_report(run: Run, uses: dict) -> dict:
         file = run.folder / name
         if not (file.is_file() and digest(file) in ours.get(f"../{name}", ())):
             raise UserError(f"{file}: not what this run wrote; move it away, or delete it, and it is made again")
-    run.sealed("evaluate")
+    for stage in stages:
+        run.sealed(stage)
     return json.loads(read_text(run.folder / "report.json"))
 
 # %% ../../nbs/11_evaluate.ipynb #stage-2
