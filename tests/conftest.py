@@ -1,19 +1,31 @@
-"Shared fixtures: one thread, no network, one smoke run for the whole session, small models with random weights."
+"""Shared fixtures: one thread, no network, one smoke run
+for the whole session, small models with random weights."""
+
 import copy
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-os.environ.update(OMP_NUM_THREADS="1", VLMRLHF_QUIET="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error",
-                  TRANSFORMERS_NO_ADVISORY_WARNINGS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    VLMRLHF_QUIET="1",
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_VERBOSITY="error",
+    TRANSFORMERS_NO_ADVISORY_WARNINGS="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+)
 
 import pytest
 import torch
 from hypothesis import settings
+from small_models import SMALL, push, random_policy, reward_model
 
-from vlmrlhf_course.model.vlm import VLM, VLMConfig, build_model, build_processor
+from vlmrlhf_course.model.vlm import VLM
+from vlmrlhf_course.rl.rollout import sample
+from vlmrlhf_course.world.llava import build_model, build_processor
 from vlmrlhf_course.world.scenes import make_prompt, parse_scene, sample_scenes
 
 torch.set_num_threads(1)
@@ -21,9 +33,11 @@ settings.register_profile("course", deadline=None, max_examples=40, derandomize=
 settings.load_profile("course")
 
 REPO = Path(__file__).parent.parent
-SMALL = VLMConfig(vision_width=32, vision_layers=1, width=32, layers=2)
 SCENE = parse_scene("beach: small red cat on large blue boat @4; large yellow kite @7")
-FAULTY = "in this beach scene there is a small red cat on a large green boat and a small white fish . there are three things ."
+FAULTY = (
+    "in this beach scene there is a small red cat on a large green boat and a small white fish . "
+    "there are three things ."
+)
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +50,21 @@ def outside_the_repository(tmp_path, monkeypatch):
 def smoke_run(tmp_path_factory):
     "The folder of `vlmrlhf run --scale smoke`, made once, by a process of its own."
     folder = tmp_path_factory.mktemp("smoke")
-    done = subprocess.run([sys.executable, "-m", "vlmrlhf_course.cli", "run", "--scale", "smoke", "--out", str(folder / "run")],
-                          cwd=folder, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True)
-    (folder / "stdout").write_text(done.stdout), (folder / "stderr").write_text(done.stderr)
+    command = [sys.executable, "-m", "vlmrlhf_course.cli", "run", "--scale", "smoke"]
+    done = subprocess.run(
+        [*command, "--out", str(folder / "run")],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+    )
+    (folder / "stdout").write_text(done.stdout)
+    (folder / "stderr").write_text(done.stderr)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "run"
+
+
+# --- a small model, prompts and their answers -----------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -53,14 +77,16 @@ def _base():
 
 
 @pytest.fixture
-def vlm(_base): return copy.deepcopy(_base)
+def vlm(_base):
+    return copy.deepcopy(_base)
 
 
 @pytest.fixture(scope="session")
 def prompts():
     "Six prompts about different pictures, of different lengths; the third has no picture."
     rng = random.Random(3)
-    return [make_prompt(s, k, rng) for s, k in zip(sample_scenes(6, seed="tests"), ("detail", "exists", "text", "brief", "colour", "detail"))]
+    kinds = ("detail", "exists", "text", "brief", "colour", "detail")
+    return [make_prompt(s, k, rng) for s, k in zip(sample_scenes(6, seed="tests"), kinds)]
 
 
 @pytest.fixture
@@ -69,8 +95,60 @@ def full(vlm, prompts):
     return vlm.batch(prompts, [p.answer for p in prompts])
 
 
-def shake(vlm, role, std=.3, seed=1):
-    "Random weights for a role, so that it differs from the trunk."
-    torch.manual_seed(seed)
-    for name, w in vlm.role_state(role).items():
-        if "lora_A" not in name: w.add_(torch.randn_like(w) * std)
+# --- its roles ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def token_rm(vlm):
+    return reward_model(vlm, "token")
+
+
+@pytest.fixture(params=["token", "scalar"])
+def rm(request, vlm):
+    return reward_model(vlm, request.param)
+
+
+@pytest.fixture
+def pairs(prompts):
+    "Two pairs for each picture, one of them with a label that is right."
+    rows = []
+    for p in prompts:
+        if not p.image:
+            continue
+        row = dict(image=p.image, prompt=p.text, chosen=p.answer)
+        rows.append(row | dict(rejected="a cat .", weight=0.5, gold=True))
+        rows.append(row | dict(rejected="nothing .", weight=1.5, gold=False))
+    return rows
+
+
+@pytest.fixture(params=["head", "adapter"])
+def policy(request, token_rm):
+    torch.manual_seed(3)
+    policy = random_policy(token_rm, request.param)
+    policy.learn()
+    return policy
+
+
+@pytest.fixture(scope="module", params=["token-head", "scalar-adapter"])
+def cast(request, _base, prompts):
+    "A reward model and a policy with random roles, and a batch: `prompts` with their answers."
+    kind, critic = request.param.split("-")
+    vlm = copy.deepcopy(_base)
+    rm = reward_model(vlm, kind)
+    return SimpleNamespace(
+        vlm=vlm,
+        rm=rm,
+        policy=random_policy(rm, critic),
+        prompts=prompts,
+        full=vlm.batch(prompts, [p.answer for p in prompts]),
+    )
+
+
+@pytest.fixture(scope="module")
+def roll(cast):
+    "Answers of which some end, some are cut."
+    hook = push(cast.vlm, [cast.vlm.eos_id], 2.0)
+    roll = sample(cast.vlm, cast.prompts, "actor", max_new_tokens=9, seed=2)
+    hook.remove()
+    assert 0 < roll.ended.sum() < len(roll.ended)
+    return roll

@@ -1,4 +1,5 @@
 """Processes for fuzz.py: forked from one that has imported PyTorch, or real ones."""
+
 import ctypes
 import faulthandler
 import json
@@ -13,25 +14,36 @@ import time
 import traceback
 from pathlib import Path
 
-import kill   # sets the environment in which PyTorch is imported
+import kill  # sets the environment in which PyTorch is imported
 from accelerate.state import AcceleratorState
+from stage_table import LAST, before, drawn_arms, run_of
 
 from vlmrlhf_course import cli
-from vlmrlhf_course.base import runs, settings
-from vlmrlhf_course.data import preferences
-from vlmrlhf_course.report import evaluate  # noqa: F401
+from vlmrlhf_course.base.checkpoints import Checkpoints
+from vlmrlhf_course.pipeline import check_run
 
-ENV = dict(OMP_NUM_THREADS="1", VLMRLHF_QUIET="1", HF_HUB_OFFLINE="1", LANG="C.UTF-8",
-           TRANSFORMERS_VERBOSITY="error", TRANSFORMERS_NO_ADVISORY_WARNINGS="1",
-           HF_HUB_DISABLE_PROGRESS_BARS="1", TZ="UTC")
-IDLE = 48.            # seconds without work after which a command waits for something
-MEMORY = 6 * 2 ** 30   # what a command may take beyond what PyTorch maps
+ENV = dict(
+    OMP_NUM_THREADS="1",
+    VLMRLHF_QUIET="1",
+    HF_HUB_OFFLINE="1",
+    LANG="C.UTF-8",
+    TRANSFORMERS_VERBOSITY="error",
+    TRANSFORMERS_NO_ADVISORY_WARNINGS="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    TZ="UTC",
+)
+IDLE = 48.0  # seconds without work after which a command waits for something
+MEMORY = 6 * 2**30  # what a command may take beyond what PyTorch maps
 POPEN = subprocess.Popen
 # What the package remembers of a process: empty now, and emptied in each fork.
 OURS = [m for name, m in sys.modules.items() if name.startswith("vlmrlhf_course")]
-BLANK = [v for m in OURS for k, v in vars(m).items()
-         if isinstance(v, (set, dict, list)) and not v and not k.startswith("__")]
-CACHES = [v for m in OURS for v in vars(m).values() if hasattr(v, "cache_clear")]
+BLANK, CACHES = [], []
+for module in OURS:
+    for name, value in vars(module).items():
+        if isinstance(value, (set, dict, list)) and not value and not name.startswith("__"):
+            BLANK.append(value)
+        if hasattr(value, "cache_clear"):
+            CACHES.append(value)
 
 
 def forget():
@@ -80,6 +92,7 @@ def popen(command, *args, **kwargs):
 
 class Arm:
     "A forked arm, with the methods of Popen that the package uses."
+
     def __init__(self, words, env=None, stdin=None, stdout=None, stderr=None, **_):
         self.returncode, self.stdin, self.args = None, None, words
         end = None
@@ -92,14 +105,7 @@ class Arm:
                 os.close(end)
             return
         try:
-            nowhere = os.open(os.devnull, os.O_RDWR)
-            os.dup2(nowhere if end is None else end, 0)
-            for fd, given in ((1, stdout), (2, stderr)):
-                if given == subprocess.DEVNULL:
-                    os.dup2(nowhere, fd)
-                elif given is not None:
-                    os.dup2(given if isinstance(given, int) else given.fileno(), fd)
-            os.closerange(3, 1024)
+            self._redirect(end, stdout, stderr)
             if env is not None:
                 os.environ.clear()
                 os.environ.update(env)
@@ -107,13 +113,26 @@ class Arm:
             options = "".join(w[1:] for w in words[1:at] if w.startswith("-"))
             if "-m" in words and not {*options} & {*"IP"} and "PYTHONSAFEPATH" not in os.environ:
                 own_modules()
-            run_cli(words[at + 1:])
+            run_cli(words[at + 1 :])
         finally:
             os._exit(1)
 
+    def _redirect(self, stdin, stdout, stderr):
+        "In the child: the three streams, and no other file that was open."
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nowhere if stdin is None else stdin, 0)
+        for fd, given in ((1, stdout), (2, stderr)):
+            if given == subprocess.DEVNULL:
+                os.dup2(nowhere, fd)
+            elif given is not None:
+                os.dup2(given if isinstance(given, int) else given.fileno(), fd)
+        os.closerange(3, 1024)
+
     def _ended(self, flags):
-        if self.returncode is None and (ended := os.waitpid(self.pid, flags))[0]:
-            self.returncode = os.waitstatus_to_exitcode(ended[1])
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, flags)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
 
     def poll(self):
@@ -124,7 +143,7 @@ class Arm:
         while timeout and self.poll() is None:
             if time.time() > end:
                 raise subprocess.TimeoutExpired(self.args, timeout)
-            time.sleep(.02)
+            time.sleep(0.02)
         return self._ended(0)
 
     def send_signal(self, number):
@@ -148,17 +167,18 @@ def own_modules():
 
 def stop_at(folder: str, step: int):
     "Kill this process and its arms as soon as a stage has its checkpoint after `step` steps."
-    save = runs.Checkpoints.save
+    save = Checkpoints.save
 
     def save_and_end(self, at, *args, **kwargs):
         save(self, at, *args, **kwargs)
         if at == step and folder in str(self.folder):
             os.killpg(0, signal.SIGKILL)
-    runs.Checkpoints.save = save_and_end
+
+    Checkpoints.save = save_and_end
 
 
 def tell(file: Path):
-    "Write down what was asked for, once the command line is understood."
+    "Write down what was asked for, once the command line is understood, and what came of it."
     execute = cli.execute
 
     def told(args, *more, **kwargs):
@@ -168,36 +188,59 @@ def tell(file: Path):
             out = "pretrained"
         seen["outs"] = [out, os.path.expanduser(out)]
         file.write_text(json.dumps(seen))
-        return execute(args, *more, **kwargs)
+        status = execute(args, *more, **kwargs)
+        if status == 0 and args.verb != "pretrain":
+            file.write_text(json.dumps(seen | stages_of(args)))
+        return status
+
     cli.execute = told
+
+
+def stages_of(args) -> dict:
+    "Which stages a command has made that ended well, which it needed, which logs the report draws."
+    run = run_of(args.scale, args.set)
+    name = LAST if args.verb == "run" else getattr(args, "arm", None) or args.verb
+    earlier = before(run, name)
+    own = [*earlier, name] if name == LAST else [name]
+    return dict(own=own, needed=earlier, drawn=drawn_arms(run) if name == LAST else [])
 
 
 class Done:
     "How a command ended."
+
     def __init__(self, status, hung, left, err, stack, began):
         self.status, self.hung, self.left, self.err = status, hung, left, err
         self.stack, self.began, self.seconds = stack, began, time.time() - began
 
     def how(self, long) -> str:
-        return "still at work" if self.hung and long else self.hung or str(self.status)
+        "In a word or two: the status, or why there is none."
+        if self.hung and long:
+            return "still at work"
+        return self.hung or str(self.status)
 
 
 class Process:
+    "A command that was started: how to wait for its end."
+
     def __init__(self, pid, log):
         self.pid, self.log, self.began = pid, log, time.time()
 
     def end(self, limit) -> Done:
         "Wait for the end; kill what takes too long, or does nothing."
         watch, hung, left = os.pidfd_open(self.pid), None, False
-        worked, since = 0., time.time()
-        while not select.select([watch], [], [], 1.)[0]:
+        worked, since = 0.0, time.time()
+        while not select.select([watch], [], [], 1.0)[0]:
             now = time.time()
-            if (cpu := kill.cpu(self.pid)) > worked + .05:
+            cpu = kill.cpu(self.pid)
+            if cpu > worked + 0.05:
                 worked, since = cpu, now
-            hung = "limit" if now - self.began > limit else "idle" if now - since > IDLE else None
+            if now - self.began > limit:
+                hung = "limit"
+            elif now - since > IDLE:
+                hung = "idle"
             if hung:
-                self.send(signal.SIGUSR1)   # write the stacks
-                time.sleep(.3)
+                self.send(signal.SIGUSR1)  # write the stacks
+                time.sleep(0.3)
                 break
         os.close(watch)
         if not hung:
@@ -219,7 +262,7 @@ class Process:
             alive = [p for p in Path("/proc").iterdir() if p.name.isdigit() and self.is_ours(p)]
             if not alive:
                 return False
-            time.sleep(.15)
+            time.sleep(0.15)
         return True
 
     def is_ours(self, entry) -> bool:
@@ -237,11 +280,11 @@ def limits(room):
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (room,) * 2)
     os.nice(max(0, 10 - os.nice(0)))
-    if os.geteuid() == 0:   # the version of the interface, then effective, permitted, inherited
+    if os.geteuid() == 0:  # the version of the interface, then effective, permitted, inherited
         head, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
         libc = ctypes.CDLL(None)
         if libc.capget(head, sets) == 0:
-            sets[0] &= ~0b110   # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+            sets[0] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
             libc.capset(head, sets)
 
 
@@ -252,7 +295,7 @@ def outputs(log: Path):
     return [os.open(log / n, flags) for n in ("stdout", "stderr")]
 
 
-def start(argv, env, cwd, log, stop=None, room=2 ** 30) -> Process:
+def start(argv, env, cwd, log, stop=None, room=2**30) -> Process:
     "Fork a command with the environment `env`."
     out, err = outputs(log)
     pid = os.fork()
@@ -279,31 +322,42 @@ def start(argv, env, cwd, log, stop=None, room=2 ** 30) -> Process:
         os._exit(1)
 
 
-def start_real(argv, env, cwd, log, stop=None, room=2 ** 30) -> Process:
+ENTRY = """
+import pathlib
+import sys
+sys.path.append({tests!r})
+import fuzz_fork
+fuzz_fork.tell(pathlib.Path({asked!r}))
+sys.exit(fuzz_fork.cli.main())
+"""
+
+
+def start_real(argv, env, cwd, log, stop=None, room=2**30) -> Process:
     "Start Python for a command, with nothing of the working directory in its path."
     entry = log / "vlmrlhf"
-    entry.write_text(f"""import sys
-sys.path.append({str(Path(__file__).parent)!r})
-import pathlib, fuzz_fork
-fuzz_fork.tell(pathlib.Path({str(log / 'asked.json')!r}))
-sys.exit(fuzz_fork.cli.main())
-""")
+    entry.write_text(ENTRY.format(tests=str(Path(__file__).parent), asked=str(log / "asked.json")))
     out, err = outputs(log)
     env = env | dict(PYTHONPATH=os.environ.get("PYTHONPATH", ""))
-    child = POPEN([sys.executable, str(entry), *argv], env=env, cwd=cwd, stdin=subprocess.DEVNULL,
-                  stdout=out, stderr=err, start_new_session=True, preexec_fn=lambda: limits(room))
+    child = POPEN(
+        [sys.executable, str(entry), *argv],
+        env=env,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=err,
+        start_new_session=True,
+        preexec_fn=lambda: limits(room),
+    )
     os.close(out)
     os.close(err)
-    child.returncode = 0   # it is waited for by its number
+    child.returncode = 0  # it is waited for by its number
     return Process(child.pid, log)
 
 
 def accepted(path, value) -> bool:
     "Does the library take this value? Then a command shows whether it can work with it."
     try:
-        layers = settings.load_layers("smoke", [f"{path}={value}"])
-        for name, (cls, base) in cli.sections().items():
-            settings.build_config(cls, (layers.get(base) or {}) | (layers.get(name) or {}), name)
-    except Exception:   # also what is no UserError: the command finds it again
+        check_run(run_of("smoke", [f"{path}={value}"]))
+    except Exception:  # also what is no UserError: the command finds it again
         return False
     return True

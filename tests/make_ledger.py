@@ -1,67 +1,136 @@
-"""Write tests/ledger.json, README.md's tables and the figures that chapters quote from `vlmrlhf run --seeds 3`: the report of seed 0, and the spread over all.
+"""Write tests/ledger.json, README.md's tables and the figures that chapters quote.
 
-    python tests/make_ledger.py runs/tiny-seed-0"""
+They come from `vlmrlhf run --seeds 3`: the report of seed 0, and the spread over all.
+
+python tests/make_ledger.py runs/tiny-seed-0    # from its reports
+python tests/make_ledger.py                     # README.md alone, from the ledger as it is"""
+
 import json
 import re
 import statistics
 import sys
 from pathlib import Path
 
+from vlmrlhf_course.base.config import arms_layer
+from vlmrlhf_course.report.page import row_names
+
 REPO = Path(__file__).parent.parent
-ROWS = {"sft": "SFT", "sft_greedy": "SFT, temperature 0", "sft_blank": "SFT, picture blanked", "best_of_n": "best of 8, by the reward model",
-        "ppo_rm": "PPO on the reward model", "ppo": "**PPO on reward model + penalty**", "ppo_greedy": "the same, temperature 0",
-        "gold": "PPO on the exact score (what a perfect judge would give)"}
-COLUMNS = {"chair_i": "false mentions (CHAIR_i)", "recall": "recall of true things", "attribute_error": "wrong attributes",
-           "relation_error": "wrong relations", "facts": "true facts per answer", "length": "words", "true_score": "true score (0–10)",
-           "kl": "KL (nats)"}
-REWARD_MODEL = {"pair_accuracy": "agrees with the annotators", "pair_accuracy_gold": "agrees with the truth",
-                "image_ablated": "… with the picture blanked", "text_ablated": "… with the question removed",
-                "kappa": "annotators among themselves (Fleiss' kappa)"}
+LEDGER, README = REPO / "tests" / "ledger.json", REPO / "README.md"
+SHOWN = "sft sft_greedy sft_blank best_of_n ppo_rm ppo ppo_greedy gold".split()
+SPREAD = "sft best_of_n ppo_rm ppo gold".split()
+COLUMNS = {
+    "chair_i": "false mentions (CHAIR_i)",
+    "recall": "recall of true things",
+    "attribute_error": "wrong attributes",
+    "relation_error": "wrong relations",
+    "facts": "true facts per answer",
+    "length": "words",
+    "true_score": "true score (0–10)",
+    "kl": "KL (nats)",
+}
+SPREAD_COLUMNS = {
+    "chair_i": "false mentions",
+    "recall": "recall",
+    "attribute_error": "wrong attributes",
+    "fall": "false mentions less than SFT's, by seed",
+}
+SEEDS = "three seeds, mean ± standard deviation"
+REWARD_MODEL = {
+    "pair_accuracy": "agrees with the annotators",
+    "pair_accuracy_gold": "agrees with the truth",
+    "image_ablated": "… with the picture blanked",
+    "text_ablated": "… with the question removed",
+    "kappa": "annotators among themselves (Fleiss' kappa)",
+}
 
 
-SPREAD = {"sft": "SFT", "best_of_n": "best of 8, by the reward model", "ppo_rm": "PPO on the reward model", "ppo": "**PPO on reward model + penalty**",
-          "gold": "PPO on the exact score (what a perfect judge would give)"}
+def names() -> dict[str, str]:
+    "Rows as the report calls them; the headline in bold, and of best of n how many."
+    layers = arms_layer()
+    evaluate = layers["evaluate"]
+    headline = evaluate["headline"]
+    called = row_names({arm: layers[arm]["label"] for arm in evaluate["arms"]}, headline)
+    bold = {headline: f"**{called[headline]}**"}
+    return called | bold | dict(best_of_n="best of 8, by the reward model")
 
 
-def shown(value: float) -> str: return f"{value:.3f}" if value < 1 else f"{value:.1f}"
+def shown(value: float) -> str:
+    return f"{value:.3f}" if value < 1 else f"{value:.1f}"
 
 
 def ledger(report: dict) -> dict[str, str]:
     "Name → the number as it is printed."
-    cells = {f"{row}.{col}": shown(report[row][col]) for row in ROWS for col in COLUMNS}
+    cells = {f"{row}.{col}": shown(report[row][col]) for row in SHOWN for col in COLUMNS}
     return cells | {f"reward_model.{k}": f"{report['reward_model'][k]:.3f}" for k in REWARD_MODEL}
 
 
 def over_seeds(reports: list[dict]) -> dict[str, str]:
-    "Mean and standard deviation over runs, and how far false mentions fall in the mean and in each run."
-    def pm(xs): return f"{statistics.fmean(xs):.3f} ± {statistics.stdev(xs):.3f}"
-    found = {f"seeds.{row}.{col}": pm([r[row][col] for r in reports]) for row in SPREAD for col in ("chair_i", "recall", "attribute_error")}
-    for row in [*SPREAD][1:]:
-        found[f"seeds.{row}.fall"] = ", ".join(f"{1 - r[row]['chair_i'] / r['sft']['chair_i']:.0%}" for r in reports)
+    "Mean and standard deviation over runs, and how far false mentions fall in each run."
+    found = {}
+    for row in SPREAD:
+        for col in ("chair_i", "recall", "attribute_error"):
+            values = [report[row][col] for report in reports]
+            mean, std = statistics.fmean(values), statistics.stdev(values)
+            found[f"seeds.{row}.{col}"] = f"{mean:.3f} ± {std:.3f}"
+    for row in SPREAD[1:]:
+        falls = [1 - report[row]["chair_i"] / report["sft"]["chair_i"] for report in reports]
+        found[f"seeds.{row}.fall"] = ", ".join(f"{fall:.0%}" for fall in falls)
     return found
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    "Lines of a table in Markdown."
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
 
 
 def tables(numbers: dict[str, str]) -> str:
     "The README's tables."
-    lines = ["| 300 held-out pictures | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(numbers[f"{row}.{col}"] for col in COLUMNS) + " |" for row, name in ROWS.items()]
-    lines += ["", "| three seeds, mean ± standard deviation | false mentions | recall | wrong attributes | false mentions less than SFT's, by seed |",
-              "|---" * 5 + "|"]
-    for row, name in SPREAD.items():
-        cells = [numbers.get(f"seeds.{row}.{col}", "") for col in ("chair_i", "recall", "attribute_error", "fall")]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "| reward model | on held-out pairs |", "|---|---|"]
-    return "\n".join(lines + [f"| {name} | {numbers[f'reward_model.{key}']} |" for key, name in REWARD_MODEL.items()])
+    called = names()
+    one = [[called[row], *(numbers[f"{row}.{col}"] for col in COLUMNS)] for row in SHOWN]
+    many = []
+    for row in SPREAD:
+        cells = [numbers.get(f"seeds.{row}.{col}", "") for col in SPREAD_COLUMNS]
+        many.append([called[row], *cells])
+    judge = [[name, numbers[f"reward_model.{key}"]] for key, name in REWARD_MODEL.items()]
+    lines = table(["300 held-out pictures", *COLUMNS.values()], one)
+    lines += ["", *table([SEEDS, *SPREAD_COLUMNS.values()], many)]
+    lines += ["", *table(["reward model", "on held-out pairs"], judge)]
+    return "\n".join(lines)
+
+
+def write_readme(numbers: dict[str, str]):
+    "Put the tables between their marks."
+    new = f"<!-- table -->\n{tables(numbers)}\n<!-- /table -->"
+    old, marks = README.read_text("utf-8"), r"<!-- table -->.*?<!-- /table -->"
+    README.write_text(re.sub(marks, lambda m: new, old, flags=re.S), "utf-8")
+
+
+def write_chapters(numbers: dict[str, str]):
+    "Renew what chapters quote as `0.123<!--ppo.chair_i-->`."
+
+    def renewed(quote):
+        name = quote[1]
+        return f"{numbers[name]}<!--{name}-->" if name in numbers else quote[0]
+
+    for chapter in (REPO / "nbs").glob("*.ipynb"):
+        text = chapter.read_text("utf-8")
+        quoted = re.sub(r"[\d.]+<!--([\w.]+)-->", renewed, text)
+        if quoted != text:
+            chapter.write_text(quoted, "utf-8")
+
+
+def measure(folder: Path) -> dict[str, str]:
+    "The ledger of a folder of runs, which is written, too."
+    files = sorted(folder.glob("seed-*/report.json"))
+    reports = [json.loads(file.read_text("utf-8")) for file in files]
+    numbers = ledger(reports[0]) | over_seeds(reports)
+    LEDGER.write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    return numbers
 
 
 if __name__ == "__main__":
-    reports = [json.loads(file.read_text("utf-8")) for file in sorted(Path(sys.argv[1]).glob("seed-*/report.json"))]
-    numbers = ledger(reports[0]) | over_seeds(reports)
-    (REPO / "tests" / "ledger.json").write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    readme = REPO / "README.md"
-    new = f"<!-- table -->\n{tables(numbers)}\n<!-- /table -->"
-    readme.write_text(re.sub(r"<!-- table -->.*?<!-- /table -->", lambda m: new, readme.read_text("utf-8"), flags=re.S), "utf-8")
-    for chapter in (REPO / "nbs").glob("*.ipynb"):   # `0.123<!--ppo.chair_i-->`
-        text = chapter.read_text("utf-8")
-        quoted = re.sub(r"[\d.]+<!--([\w.]+)-->", lambda m: f"{numbers[m[1]]}<!--{m[1]}-->" if m[1] in numbers else m[0], text)
-        if quoted != text: chapter.write_text(quoted, "utf-8")
+    given = sys.argv[1:]
+    numbers = measure(Path(given[0])) if given else json.loads(LEDGER.read_text("utf-8"))
+    write_readme(numbers)
+    write_chapters(numbers)

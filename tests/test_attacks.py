@@ -1,55 +1,62 @@
-"What a hostile reader found once: each was wrong, and is right."
+"""What a hostile reader found once: each was wrong, and is right."""
+
 import json
-import os
 import re
 import shutil
 import threading
 import time
 
 import kill
+import matplotlib
 import pytest
 import torch
-from test_bad_inputs import refused, tree
-from test_cli import interrupted, same_files, stop_at
-from test_seals import copy_stages, smoke, stopped_sft
+from commands import copy_stages, refused, same_files, smoke, stopped_sft
 
-from vlmrlhf_course.base import files, launch
-from vlmrlhf_course.report import evaluate
+from vlmrlhf_course.base import launch
+from vlmrlhf_course.base.checkpoints import load_tensors, reading
+from vlmrlhf_course.base.metrics import MetricLog
+from vlmrlhf_course.base.records import read_jsonl
+from vlmrlhf_course.base.runs import made_with
+from vlmrlhf_course.base.settings import UserError
+from vlmrlhf_course.base.terminal import prepare
+from vlmrlhf_course.cli import main
 from vlmrlhf_course.train import sft
-from vlmrlhf_course.base.checkpoints import Checkpoints, MetricLog, clear_checkpoints, save_folder, save_tensors
-from vlmrlhf_course.cli import Arm, main
-from vlmrlhf_course.base.runs import Run, UserError, claim, made_with, read_jsonl
-from vlmrlhf_course.train.sft import FitConfig, fit
+from vlmrlhf_course.train.fit import FitConfig, fit
 
+# --- processes --------------------------------------------------------------------------------
 
-# --- processes ------------------------------------------------------------------------------------------------------
 
 class Frozen:
     "A store whose host was stopped: it takes a question, and the answer never comes."
-    def set(self, *a): time.sleep(100)
+
+    def set(self, *a):
+        time.sleep(100)
+
     check = get = set
 
 
 def test_a_host_that_is_frozen(monkeypatch):
     "The thread that asks waits for ever; another one notices."
-    monkeypatch.setattr(launch, "BEAT", .05)
-    monkeypatch.setattr(launch, "SILENCE", .3)
+    monkeypatch.setattr(launch, "BEAT", 0.05)
+    monkeypatch.setattr(launch, "SILENCE", 0.3)
     lost = []
     peers = launch.Peers(1, 2, Frozen(), lost.append)
     for task in (peers.watch, peers.guard):
         threading.Thread(target=task, daemon=True).start()
     end = time.time() + 20
     while not lost and time.time() < end:
-        time.sleep(.01)
+        time.sleep(0.01)
     peers.left.set()
     assert lost and "hosts the meeting" in lost[0]
 
 
 def test_two_evaluations_at_once(smoke_run, tmp_path):
-    "They take turns; both end well, and what they leave is whole. With other settings the second is refused."
-    def remains(*names): return ("evaluate", "report.*", "before_after.png")
+    """They take turns; both end well, and what they leave is whole. With other settings the second
+    is refused."""
+
     folder = tmp_path / "run"
-    shutil.copytree(smoke_run, folder, ignore=shutil.ignore_patterns(*remains()))
+    made = shutil.ignore_patterns("evaluate", "report.*", "before_after.png")
+    shutil.copytree(smoke_run, folder, ignore=made)
     argv = smoke("evaluate", folder)
     both = [kill.Forked(argv, tmp_path / f"log{i}") for i in (0, 1)]
     assert [p.wait() for p in both] == [0, 0], (tmp_path / "log1").read_text()
@@ -65,23 +72,26 @@ def test_two_evaluations_at_once(smoke_run, tmp_path):
 
 @pytest.mark.parametrize("key, value", [("processes", 2), ("threads", 7)])
 def test_a_stage_goes_on_as_it_was_begun(capsys, smoke_run, tmp_path, monkeypatch, key, value):
-    "The number of processes and threads changes the last bits: begun with one, a stage does not go on with another."
+    """The number of processes and threads changes the last bits: begun with one, a stage does not
+    go on with another."""
     argv = stopped_sft(tmp_path / "run", 0, capsys, monkeypatch)
     begun = tmp_path / "run" / "sft" / "begun.json"
     record = json.loads(begun.read_text())
     assert record["made_with"] == made_with()
     begun.write_text(json.dumps(record | dict(made_with=made_with() | {key: value})))
     line = refused(capsys, *argv)
-    assert f"begun with" in line and f"{value} {key}" in line and "go on as it was begun" in line
+    assert "begun with" in line and f"{value} {key}" in line and "go on as it was begun" in line
     begun.write_text(json.dumps(record))
     assert main(argv) == 0
     same_files(smoke_run / "sft", tmp_path / "run" / "sft", ["language/model.safetensors"])
 
 
-# --- what was added, or changed in the middle -----------------------------------------------------------------------
+# --- what was added, or changed in the middle -------------------------------------------------
+
 
 def test_a_file_beside_a_model(capsys, smoke_run, tmp_path):
-    "transformers reads an adapter that lies in a model folder: a file that the seal does not know is noticed."
+    """transformers reads an adapter that lies in a model folder: a file that the seal does not know
+    is noticed."""
     copy_stages(smoke_run, tmp_path / "run", "sft", "preferences")
     more = tmp_path / "run" / "sft" / "language" / "adapter_config.json"
     more.write_text("{}")
@@ -91,23 +101,34 @@ def test_a_file_beside_a_model(capsys, smoke_run, tmp_path):
     assert main(smoke("reward", tmp_path / "run")) == 0
 
 
-@pytest.mark.parametrize("spoil", [lambda f: f.unlink(), lambda f: f.write_text(f.read_text().replace("loss", "lost"))])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda f: f.unlink(),
+        lambda f: f.write_text(f.read_text().replace("loss", "lost")),
+    ],
+)
 def test_metrics_of_a_part_that_is_done(capsys, smoke_run, tmp_path, monkeypatch, spoil):
-    "The projector's, while the language model is trained: noticed at once, not after hours, and the advice works."
+    """The projector's, while the language model is trained: noticed at once, not after hours, and
+    the advice works."""
     argv = stopped_sft(tmp_path / "run", 0, capsys, monkeypatch)
     spoil(tmp_path / "run" / "sft" / "fit-projector" / "metrics.jsonl")
     line = refused(capsys, *argv)
     assert "fit-projector: metrics.jsonl" in line
     shutil.move(re.search(r"(/\S+?):", line)[1], tmp_path / "away")
     assert main(argv) == 0
-    same_files(smoke_run / "sft", tmp_path / "run" / "sft", ["language/model.safetensors", "fit-projector/metrics.jsonl"])
+    names = ["language/model.safetensors", "fit-projector/metrics.jsonl"]
+    same_files(smoke_run / "sft", tmp_path / "run" / "sft", names)
 
 
-@pytest.mark.parametrize("spoil", [lambda f: f.unlink(), lambda f: f.write_text("{}\n"), lambda f: f.write_bytes(b"\xff")])
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda f: f.unlink(), lambda f: f.write_text("{}\n"), lambda f: f.write_bytes(b"\xff")],
+)
 def test_metrics_that_change_while_they_are_written(capsys, tmp_path, spoil):
     log = MetricLog(tmp_path)
     for step in range(4):
-        log(step, loss=1.)
+        log(step, loss=1.0)
         if step == 1:
             spoil(log.path)
     log.close()
@@ -115,106 +136,11 @@ def test_metrics_that_change_while_they_are_written(capsys, tmp_path, spoil):
     assert "something else has changed it" in capsys.readouterr().err
 
 
-# --- not ours -------------------------------------------------------------------------------------------------------
+# --- from outside -----------------------------------------------------------------------------
 
-def test_a_log_of_another_trainer(tmp_path):
-    "Rows with a step, as every trainer writes them: without our record of it, it is not ours."
-    text = '{"step": 0, "loss": 3.0}\n'
-    (tmp_path / "metrics.jsonl").write_text(text)
-    with pytest.raises(UserError, match="something else has written; move it away"):
-        MetricLog(tmp_path)
-    assert (tmp_path / "metrics.jsonl").read_text() == text
-    (tmp_path / "metrics.jsonl").unlink()
-    for _ in range(2):
-        MetricLog(tmp_path).close()   # its own it may begin again
-
-
-def test_weights_of_another_run_are_not_written_over(tmp_path):
-    save_tensors({"x": torch.ones(1)}, tmp_path / "w.safetensors", of="seed 1")
-    before = (tmp_path / "w.safetensors").read_bytes()
-    with pytest.raises(UserError, match="move it away"):
-        save_tensors({"x": torch.ones(1)}, tmp_path / "w.safetensors", of="seed 0")
-    assert (tmp_path / "w.safetensors").read_bytes() == before
-
-
-def test_a_sealed_file_that_somebody_replaced(tmp_path):
-    "It has our name and their content: it stays, whoever wants the room."
-    step = tmp_path / "checkpoints" / "step-1"
-    step.mkdir(parents=True)
-    for name in ("a", "b"):
-        (step / name).write_text("ours")
-    files.seal(step)
-    (step / "a").write_text("mine")
-    clear_checkpoints(tmp_path)
-    assert tree(step) == {"a": b"mine"}
-    def write(new): new.mkdir(), (new / "w").write_text("ours")
-    save_folder(tmp_path / "model", write)
-    (tmp_path / "model" / "w").write_text("mine")
-    with pytest.raises(UserError, match="move it away"):
-        save_folder(tmp_path / "model", write)
-    assert (tmp_path / "model" / "w").read_text() == "mine"
-
-
-@pytest.mark.parametrize("name", ["folder", "nul\0"])
-def test_a_manifest_that_does_not_fit(tmp_path, name):
-    "A folder where a file was, a name that no file can have: nothing is removed, and nothing breaks."
-    step = tmp_path / "checkpoints" / "step-1"
-    (step / "folder").mkdir(parents=True)
-    record = dict(made_by=files.SIGNATURE, of="", files={name: [1, "x"]})
-    (step / files.MANIFEST).write_text(json.dumps(record))
-    clear_checkpoints(tmp_path)
-    assert (step / "folder").is_dir()
-
-
-def test_a_log_behind_a_link(tmp_path):
-    "What an arm says does not go through a link into somebody's file."
-    import sys
-    (tmp_path / "thesis.txt").write_text("mine")
-    (tmp_path / "stderr.log").symlink_to(tmp_path / "thesis.txt")
-    arm = Arm([sys.executable, "-c", "import sys; print('vlmrlhf: x', file=sys.stderr)"], dict(os.environ), tmp_path / "stderr.log")
-    assert arm.wait() == 0 and arm.said() == ["vlmrlhf: x"] and (tmp_path / "thesis.txt").read_text() == "mine"
-
-
-@pytest.mark.parametrize("name", [".part-download/movie", "a/b/c", "photos/.hidden"])
-def test_folders_that_are_taken_for_nothing(tmp_path, name):
-    (tmp_path / "mine" / name).parent.mkdir(parents=True)
-    (tmp_path / "mine" / name).write_text("x")
-    with pytest.raises(UserError, match="holds other things"):
-        claim(tmp_path / "mine")
-
-
-def test_remains_in_the_run_itself(tmp_path):
-    "A crash while the report was written leaves its half in the run's own folder: the next command removes it."
-    claim(tmp_path)
-    for name, marked in ((".part-report.html-abc", True), (".part-mine", False)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "half").write_text("x")
-        if marked:
-            (tmp_path / name / files.MARK).touch()
-    claim(tmp_path)
-    assert sorted(f.name for f in tmp_path.iterdir()) == [".part-mine", "run.json"]
-
-
-def test_checkpoints_do_not_remove_themselves(tmp_path):
-    "Folders of others with higher numbers are neither counted nor removed."
-    for n in (900, 901):
-        (tmp_path / "checkpoints" / f"step-{n}").mkdir(parents=True)
-        (tmp_path / "checkpoints" / f"step-{n}" / "model.bin").write_text("mine")
-    from vlmrlhf_course.base.runs import make_accelerator
-    accelerator = make_accelerator()
-    net = accelerator.prepare(torch.nn.Linear(2, 2))
-    saved = Checkpoints(tmp_path / "checkpoints", accelerator)
-    for step in (1, 2, 3):
-        saved.save(step)
-    assert saved.own_steps() == [2, 3] and saved.load() == 3
-    assert (tmp_path / "checkpoints" / "step-900" / "model.bin").read_text() == "mine"
-
-
-# --- from outside ---------------------------------------------------------------------------------------------------
 
 def test_a_matplotlibrc_here_changes_nothing(smoke_run, tmp_path, monkeypatch, capsys):
     "Neither the picture of the report, nor what is run for it."
-    import matplotlib
     copy = tmp_path / "run"
     shutil.copytree(smoke_run, copy)
     (copy / "before_after.png").unlink()
@@ -223,7 +149,10 @@ def test_a_matplotlibrc_here_changes_nothing(smoke_run, tmp_path, monkeypatch, c
     same_files(smoke_run, copy, ["before_after.png", "report.html"])
 
 
-@pytest.mark.parametrize("name, value, counts", [("NVIDIA_TF32_OVERRIDE", "0", True), ("ACCELERATE_USE_FSDP", "0", False)])
+@pytest.mark.parametrize(
+    "name, value, counts",
+    [("NVIDIA_TF32_OVERRIDE", "0", True), ("ACCELERATE_USE_FSDP", "0", False)],
+)
 def test_variables_for_which_zero_counts(monkeypatch, name, value, counts):
     monkeypatch.setenv(name, value)
     assert (name in launch.environment()) == counts
@@ -239,25 +168,41 @@ def test_what_an_arm_inherits_is_checked(capsys, tmp_path, monkeypatch, layers):
 
 def test_weights_that_left_the_numbers(tmp_path):
     "A fit whose weights are not finite in the end says so before anything is made of them."
+
     class Task(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.w = torch.nn.Parameter(torch.ones(1))
-        def collate(self, items): return items
-        def count(self, batch): return 1
-        def forward(self, batch): return self.w.sum(), {}
-    with pytest.raises(UserError, match="demo: w is not finite in the end; lower the learning rate"):
-        fit(Task(), lambda step: [0], FitConfig(steps=1, lr=1e38, weight_decay=1e9), tmp_path, "demo")
+
+        def collate(self, items):
+            return items
+
+        def count(self, batch):
+            return 1
+
+        def forward(self, batch):
+            return self.w.sum(), {}
+
+    cfg = FitConfig(steps=1, lr=1e38, weight_decay=1e9)
+    said = "demo: w is not finite in the end; lower the learning rate"
+    with pytest.raises(UserError, match=said):
+        fit(Task(), lambda step: [0], cfg, tmp_path, "demo")
 
 
 def test_a_thread_that_the_disk_stops(capfd, monkeypatch):
-    "TensorBoard writes in a thread of its own: what stops it is a line, and a bug keeps its traceback."
-    from vlmrlhf_course.cli import prepare
+    """TensorBoard writes in a thread of its own: what stops it is a line, and a bug keeps its
+    traceback."""
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     prepare()
-    def fail(error): raise error
-    for error, words in ((PermissionError(13, "Permission denied", "events"), "vlmrlhf: events: Permission denied"),
-                         (KeyError("x"), "Traceback")):
+
+    def fail(error):
+        raise error
+
+    denied = PermissionError(13, "Permission denied", "events")
+    for error, words in (
+        (denied, "vlmrlhf: events: Permission denied"),
+        (KeyError("x"), "Traceback"),
+    ):
         thread = threading.Thread(target=fail, args=(error,))
         thread.start()
         thread.join()
@@ -265,9 +210,12 @@ def test_a_thread_that_the_disk_stops(capfd, monkeypatch):
         assert words in said and ("Traceback" in said) == (words == "Traceback")
 
 
-@pytest.mark.parametrize("stage, verb", [("preferences", "preferences"), ("sft", "sft"), ("evaluate", "run")])
+@pytest.mark.parametrize(
+    "stage, verb", [("preferences", "preferences"), ("sft", "sft"), ("evaluate", "run")]
+)
 def test_a_crash_before_a_record_has_its_name(smoke_run, tmp_path, monkeypatch, stage, verb):
-    "The record of a finished stage is written, and the crash comes before it is renamed: nothing is made again."
+    """The record of a finished stage is written, and the crash comes before it is renamed: nothing
+    is made again."""
     shutil.copytree(smoke_run, tmp_path / "run")
     folder = tmp_path / "run" / stage
     (folder / "done.json").rename(folder / "begun.json")
@@ -277,17 +225,25 @@ def test_a_crash_before_a_record_has_its_name(smoke_run, tmp_path, monkeypatch, 
     same_files(smoke_run, tmp_path / "run", ["report.html", "preferences/train.jsonl"])
 
 
-@pytest.mark.parametrize("env", [dict(LOCAL_RANK="0"), dict(LOCAL_RANK="99999999"), dict(LOCAL_RANK="0", WORLD_SIZE="1", RANK="0")])
+@pytest.mark.parametrize(
+    "env",
+    [
+        dict(LOCAL_RANK="0"),
+        dict(LOCAL_RANK="99999999"),
+        dict(LOCAL_RANK="0", WORLD_SIZE="1", RANK="0"),
+    ],
+)
 def test_a_local_rank_left_over(capsys, tmp_path, monkeypatch, env):
     "accelerate takes it for a launcher's, and looks for an address to meet at."
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    assert "LOCAL_RANK" in refused(capsys, *smoke("sft", tmp_path / "run")) and not list(tmp_path.iterdir())
+    assert "LOCAL_RANK" in refused(capsys, *smoke("sft", tmp_path / "run"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_memory_is_not_the_fault_of_a_file(tmp_path):
-    "PyTorch's word for a full memory passes; a file in a folder that is called so is still named in a line."
-    from vlmrlhf_course.base.checkpoints import load_tensors, reading
+    """PyTorch's word for a full memory passes; a file in a folder that is called so is still named
+    in a line."""
     with pytest.raises(RuntimeError, match="out of memory"), reading("x", "take another"):
         raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
     (tmp_path / "out of memory").mkdir()
@@ -298,12 +254,14 @@ def test_memory_is_not_the_fault_of_a_file(tmp_path):
 
 @pytest.mark.parametrize("stage", ["ppo", "reward_small", "preferences"])
 def test_a_finished_run_that_lost_a_stage_makes_it_again(capsys, smoke_run, tmp_path, stage):
-    "The report alone is not the run: a stage that is gone is named and made again, to the same digit."
+    """The report alone is not the run: a stage that is gone is named and made again, to the same
+    digit."""
     folder = tmp_path / "run"
     shutil.copytree(smoke_run, folder)
     shutil.rmtree(folder / stage)
     assert main(smoke("run", folder)) == 0
-    assert f"{folder / stage}" in capsys.readouterr().err and (folder / stage / "done.json").is_file()
+    assert f"{folder / stage}" in capsys.readouterr().err
+    assert (folder / stage / "done.json").is_file()
     before, after = (json.loads((f / "report.json").read_text()) for f in (smoke_run, folder))
     assert after | dict(run=0) == before | dict(run=0)
 
@@ -313,13 +271,3 @@ def test_a_finished_run_with_a_damaged_stage_is_refused(capsys, smoke_run, tmp_p
     shutil.copytree(smoke_run, folder)
     (folder / "ppo" / "actor.safetensors").write_bytes(b"cut")
     assert "actor.safetensors" in refused(capsys, *smoke("run", folder))
-
-
-def test_only_names_that_we_give_are_swept(tmp_path):
-    "An empty folder that somebody calls `.part-a` is not ours; one with our kind of name, left by a crash, is."
-    for name in (".part-a", ".part-language", ".part-x-12"):
-        (tmp_path / name).mkdir()
-    ours = tmp_path / ".part-language-ab_12xyz"
-    ours.mkdir()
-    files.sweep(tmp_path)
-    assert not ours.exists() and len(list(tmp_path.iterdir())) == 3

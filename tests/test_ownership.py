@@ -1,22 +1,29 @@
-"Nothing of somebody else is removed or written over: only what a run has made, known by its own record."
+"""Nothing of somebody else is removed or written over: only what a run has made, known by its own
+record."""
+
 import ast
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from commands import refused, smoke, tree
 from conftest import REPO
 from hypothesis import given
 from hypothesis import strategies as st
-from test_bad_inputs import refused, tree
+from safetensors.torch import save_file
 
 from vlmrlhf_course.base import files
-from vlmrlhf_course.base.checkpoints import MetricLog, clear_checkpoints, save_folder, save_tensors
+from vlmrlhf_course.base.checkpoints import clear_checkpoints, save_folder, save_tensors
+from vlmrlhf_course.base.folders import claim
+from vlmrlhf_course.base.metrics import MetricLog
+from vlmrlhf_course.base.runs import Run
+from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.cli import main
-from vlmrlhf_course.base.runs import Run, UserError, claim
 
 DELETING = {"rmtree", "unlink", "rmdir", "removedirs", "truncate", "ftruncate", "rename", "move"}
 
@@ -30,7 +37,8 @@ def names_called(path):
 
 
 def test_one_module_deletes():
-    "What removes or cuts a file stands in `files`, in `remove` and its helpers, and nowhere else in the package."
+    """What removes or cuts a file stands in `files`, in `remove` and its helpers, and nowhere else
+    in the package."""
     where = {}
     for path in (REPO / "vlmrlhf_course").rglob("*.py"):
         for name in names_called(path):
@@ -39,11 +47,13 @@ def test_one_module_deletes():
     assert set(where) == {"files"}, where
 
 
-# --- random trees ---------------------------------------------------------------------------------------------------
+# --- random trees -----------------------------------------------------------------------------
 
-TEMPTING = ["checkpoints", "step-1", "step-3", ".part-1", ".part-step-3-abc", ".report.json.123", ".cache.2", "fit-language",
-            "language", "sft", "ppo", "notes", "done.txt", "model.bin", "manifest.json", "config.yaml", "metrics.jsonl",
-            "report.html", "stderr.log", "tensorboard", ".half-written.txt", "run.json.bak"]
+TEMPTING = """
+    checkpoints step-1 step-3 .part-1 .part-step-3-abc .report.json.123 .cache.2 fit-language
+    language sft ppo notes done.txt model.bin manifest.json config.yaml metrics.jsonl report.html
+    stderr.log tensorboard .half-written.txt run.json.bak
+""".split()
 PATHS = st.lists(st.sampled_from(TEMPTING), min_size=1, max_size=4).map("/".join)
 TREES = st.dictionaries(PATHS, st.binary(max_size=20), min_size=1, max_size=8)
 
@@ -63,7 +73,8 @@ def plant(folder: Path, wanted: dict[str, bytes]) -> dict[str, bytes]:
     return there
 
 
-def unchanged(folder, foreign): return all((folder / n).read_bytes() == data for n, data in foreign.items())
+def unchanged(folder, foreign):
+    return all((folder / n).read_bytes() == data for n, data in foreign.items())
 
 
 @given(TREES)
@@ -76,12 +87,14 @@ def test_a_folder_with_other_things_is_not_taken(tmp_path_factory, wanted):
     except UserError as e:
         assert tree(folder) == foreign and "--out" in str(e)
     else:
-        assert unchanged(folder, foreign) and {n.rsplit("/", 1)[-1] for n in foreign} == {"stderr.log"}
+        assert unchanged(folder, foreign)
+        assert {n.rsplit("/", 1)[-1] for n in foreign} == {"stderr.log"}
 
 
 @given(TREES)
 def test_a_stage_removes_what_it_made(tmp_path_factory, wanted):
-    "Checkpoints and half-written remains go when it is finished; foreign files around and between them stay."
+    """Checkpoints and half-written remains go when it is finished; foreign files around and between
+    them stay."""
     run = Run(tmp_path_factory.mktemp("run"), "smoke")
     assert not run.done("stage", dict(seed=0))
     stage = run.path("stage")
@@ -115,9 +128,12 @@ def test_remove_takes_what_a_record_names(tmp_path_factory, wanted):
     assert unchanged(folder, foreign) and (not folder.exists() or set(tree(folder)) == set(foreign))
 
 
-# --- ways out -------------------------------------------------------------------------------------------------------
+# --- ways out ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["../../thesis.txt", "a/../../../thesis.txt", "/{outside}", "link/thesis.txt"])
+
+@pytest.mark.parametrize(
+    "name", ["../../thesis.txt", "a/../../../thesis.txt", "/{outside}", "link/thesis.txt"]
+)
 def test_a_record_leads_nowhere_else(tmp_path, name):
     "A manifest whose names lead out of its folder, or through a link, removes nothing there."
     (tmp_path / "thesis.txt").write_text("weeks of work")
@@ -164,13 +180,14 @@ def test_links_are_not_followed(tmp_path, link):
 
 def test_remains_of_a_crash(tmp_path):
     "A half-written folder is left alone while its writer lives, and removed when it was killed."
-    if not (child := os.fork()):
+    child = os.fork()
+    if not child:
         with files.aside(tmp_path / "result") as new:
             new.write_text("half")
             (tmp_path / "writing").touch()
             time.sleep(100)
     while not (tmp_path / "writing").exists():
-        time.sleep(.01)
+        time.sleep(0.01)
     files.sweep(tmp_path)
     assert len(list(tmp_path.glob(".part-result-*/result"))) == 1
     os.kill(child, signal.SIGKILL)
@@ -179,11 +196,20 @@ def test_remains_of_a_crash(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["writing"]
 
 
-# --- writing --------------------------------------------------------------------------------------------------------
+# --- writing ----------------------------------------------------------------------------------
+
 
 def test_a_foreign_folder_is_not_replaced(tmp_path):
-    "`save_vlm` and its like on a folder that holds other things; their own, and an empty one, they replace."
-    def write(text): return lambda new: (new.mkdir(exist_ok=True), (new / "w").write_text(text))
+    """`save_vlm` and its like on a folder that holds other things; their own, and an empty one,
+    they replace."""
+
+    def write(text):
+        def into(new):
+            new.mkdir(exist_ok=True)
+            (new / "w").write_text(text)
+
+        return into
+
     (tmp_path / "model").mkdir()
     save_folder(tmp_path / "model", write("one"))
     save_folder(tmp_path / "model", write("two"))
@@ -196,18 +222,22 @@ def test_a_foreign_folder_is_not_replaced(tmp_path):
 
 
 def test_foreign_weights_are_not_written_over(tmp_path):
-    from safetensors.torch import save_file
-    for name, write in (("a.safetensors", lambda f: save_file({"x": torch.ones(1)}, f)), ("b.safetensors", lambda f: f.write_text("mine"))):
+    for name, write in (
+        ("a.safetensors", lambda f: save_file({"x": torch.ones(1)}, f)),
+        ("b.safetensors", lambda f: f.write_text("mine")),
+    ):
         write(tmp_path / name)
         before = (tmp_path / name).read_bytes()
         with pytest.raises(UserError, match=f"{name}.*move it away"):
             save_tensors({"x": torch.zeros(1)}, tmp_path / name)
         assert (tmp_path / name).read_bytes() == before
-    for value in (1., 2.):
+    for value in (1.0, 2.0):
         save_tensors({"x": torch.tensor(value)}, tmp_path / "ours.safetensors")
 
 
-@pytest.mark.parametrize("text", ["epoch,loss\n1,2\n", '{"loss": 1}\n', '{"step": "a"}\n', "half a line"])
+@pytest.mark.parametrize(
+    "text", ["epoch,loss\n1,2\n", '{"loss": 1}\n', '{"step": "a"}\n', "half a line"]
+)
 def test_a_foreign_metric_log(tmp_path, text):
     "A file called metrics.jsonl that is none of ours stays as it is."
     (tmp_path / "metrics.jsonl").write_text(text)
@@ -218,7 +248,8 @@ def test_a_foreign_metric_log(tmp_path, text):
 
 
 def test_a_file_that_the_record_knows(tmp_path):
-    "`write_known` replaces what it wrote, also after a crash between record and file, and nothing else."
+    """`write_known` replaces what it wrote, also after a crash between record and file, and nothing
+    else."""
     record, file = tmp_path / "run.json", tmp_path / "report.html"
     record.write_text('{"files": {}}')
     for data in (b"one", b"two"):
@@ -241,12 +272,14 @@ def test_a_crash_between_file_and_record(tmp_path, monkeypatch):
     original = files.write_bytes
     for when in ("before", "after"):
         files.write_known(record, file, b"old")
+
         def cut(path, data):
             if path == file and when == "before":
                 raise KeyboardInterrupt
             original(path, data)
             if path == file:
                 raise KeyboardInterrupt
+
         monkeypatch.setattr(files, "write_bytes", cut)
         with pytest.raises(KeyboardInterrupt):
             files.write_known(record, file, b"new")
@@ -255,13 +288,30 @@ def test_a_crash_between_file_and_record(tmp_path, monkeypatch):
         assert file.read_bytes() == b"newer"
 
 
-# --- commands -------------------------------------------------------------------------------------------------------
+# --- commands ---------------------------------------------------------------------------------
 
-THEIRS = {"thesis/checkpoints/model.bin": b"weeks", "sft/model.bin": b"mine", "config.yaml": b"hydra: mine\n",
-          ".zsh_history.1": b"ls", "data/.part-1/x": b"half a download", "tower/config.json": b"{}", "record.json": b"[]"}
+THEIRS = {
+    "thesis/checkpoints/model.bin": b"weeks",
+    "sft/model.bin": b"mine",
+    "config.yaml": b"hydra: mine\n",
+    ".zsh_history.1": b"ls",
+    "data/.part-1/x": b"half a download",
+    "tower/config.json": b"{}",
+    "record.json": b"[]",
+}
 
 
-@pytest.mark.parametrize("argv", [["run"], ["run", "--seeds", "2"], ["sft"], ["ppo", "--arm", "gold"], ["evaluate"], ["pretrain"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["run"],
+        ["run", "--seeds", "2"],
+        ["sft"],
+        ["ppo", "--arm", "gold"],
+        ["evaluate"],
+        ["pretrain"],
+    ],
+)
 def test_commands_refuse_a_folder_that_is_no_run(capsys, tmp_path, argv):
     foreign = plant(tmp_path / "mine", THEIRS)
     line = refused(capsys, *argv, "--scale", "smoke", "--out", tmp_path / "mine")
@@ -280,23 +330,24 @@ def test_here_is_no_exception(capsys, tmp_path, monkeypatch, argv):
 @pytest.mark.parametrize("name", ["report.html", "report.json", "before_after.png"])
 def test_a_foreign_report_is_not_written_over(capsys, smoke_run, tmp_path, name):
     "It was put into a run's folder before the run came to its end."
-    import shutil
     folder = tmp_path / "run"
-    shutil.copytree(smoke_run, folder, ignore=shutil.ignore_patterns("evaluate", "report.*", "before_after.png"))
+    made = shutil.ignore_patterns("evaluate", "report.*", "before_after.png")
+    shutil.copytree(smoke_run, folder, ignore=made)
     (folder / name).write_text("mine")
-    assert main(["evaluate", "--scale", "smoke", "--out", str(folder)]) == 2
-    assert f"move {folder / name} away: this run has not written that" in capsys.readouterr().err.splitlines()[-1]
+    assert main(smoke("evaluate", folder)) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"move {folder / name} away: this run has not written that" in last
     assert (folder / name).read_text() == "mine"
     (folder / name).rename(tmp_path / "elsewhere")
-    assert main(["evaluate", "--scale", "smoke", "--out", str(folder)]) == 0, "the advice works"
+    assert main(smoke("evaluate", folder)) == 0, "the advice works"
 
 
 def test_an_edited_configuration_is_not_written_over(capsys, smoke_run, tmp_path):
-    "Settings are given by --scale and --set; who edits config.yaml learns that it is only a record."
-    import shutil
+    """Settings are given by --scale and --set; who edits config.yaml learns that it is only a
+    record."""
     shutil.copytree(smoke_run, tmp_path / "run")
     file = tmp_path / "run" / "config.yaml"
     file.write_text(file.read_text() + "# mine\n")
     before = tree(tmp_path / "run")
-    assert str(file) in refused(capsys, "sft", "--scale", "smoke", "--out", tmp_path / "run")
+    assert str(file) in refused(capsys, *smoke("sft", tmp_path / "run"))
     assert tree(tmp_path / "run") == before

@@ -1,15 +1,21 @@
 "Every figure in the README is in the ledger of measured figures, and the other way round."
+
 import json
 import re
 
+import make_ledger
 import pytest
 from conftest import REPO
 
 LEDGER = REPO / "tests" / "ledger.json"
 
 
-def ledger(): return json.loads(LEDGER.read_text("utf-8"))
-def readme(): return (REPO / "README.md").read_text("utf-8")
+def ledger():
+    return json.loads(LEDGER.read_text("utf-8"))
+
+
+def readme():
+    return (REPO / "README.md").read_text("utf-8")
 
 
 def number_in(text, value):
@@ -30,21 +36,46 @@ def test_every_measured_figure_is_in_the_readme():
 
 
 def test_every_figure_in_a_table_is_measured():
-    "A decimal number in a table of the README that no entry of the ledger holds was made up, or is out of date."
+    "A decimal number in the README's tables that no entry of the ledger holds is out of date."
     rows = [line for line in readme().splitlines() if line.lstrip().startswith("|")]
     assert rows, "the README has no table"
     known = " ".join(ledger().values())
-    loose = [n for row in rows for n in re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", row) if not number_in(known, n)]
+    numbers = re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", "\n".join(rows))
+    loose = [n for n in numbers if not number_in(known, n)]
     assert not loose, f"in README.md, not in the ledger: {loose}"
 
 
-@pytest.mark.parametrize("text, value, there", [("| 0.31 |", "0.31", True), ("10.31", "0.31", False), ("0.312", "0.31", False), ("31 %.", "31", True), ("0.31.", "0.31", True), ("2.31", "31", False)])
-def test_numbers_are_matched_whole(text, value, there): assert number_in(text, value) is there
+def test_the_tables_are_those_of_the_ledger():
+    "Each number in its row and column, and the rows called as in a report."
+    start, end = "<!-- table -->\n", "\n<!-- /table -->"
+    assert readme().split(start)[1].split(end)[0] == make_ledger.tables(ledger())
+
+
+@pytest.mark.parametrize(
+    "text, value, there",
+    [
+        ("| 0.31 |", "0.31", True),
+        ("10.31", "0.31", False),
+        ("0.312", "0.31", False),
+        ("31 %.", "31", True),
+        ("0.31.", "0.31", True),
+        ("2.31", "31", False),
+    ],
+)
+def test_numbers_are_matched_whole(text, value, there):
+    assert number_in(text, value) is there
+
+
+def quotes():
+    "(number, name) of each `0.123<!--name-->` in a chapter: the comment is invisible there."
+    for file in (REPO / "nbs").glob("*.ipynb"):
+        for cell in json.loads(file.read_text("utf-8"))["cells"]:
+            if cell["cell_type"] == "markdown":
+                yield from re.findall(r"([\d.]+)<!--([\w.]+)-->", "".join(cell["source"]))
 
 
 def test_figures_quoted_in_chapters_are_measured():
-    "A chapter quotes the full run as `0.123<!--name-->`: the comment is invisible there, and names the entry of the ledger."
-    cells = [c for file in (REPO / "nbs").glob("*.ipynb") for c in json.loads(file.read_text("utf-8"))["cells"] if c["cell_type"] == "markdown"]
-    quotes = [q for c in cells for q in re.findall(r"([\d.]+)<!--([\w.]+)-->", "".join(c["source"]))]
-    assert len(quotes) >= 6
-    assert not (wrong := [(name, shown, ledger().get(name)) for shown, name in quotes if ledger().get(name) != shown]), wrong
+    found, known = list(quotes()), ledger()
+    assert len(found) >= 6
+    wrong = [(name, shown, known.get(name)) for shown, name in found if known.get(name) != shown]
+    assert not wrong

@@ -4,30 +4,27 @@
 
 # %% auto #0
 __all__ = ['NO_MEMORY', 'reading', 'load_model', 'load_tensors', 'save_folder', 'save_tensors', 'clear_checkpoints', 'clear',
-           'last_whole', 'Checkpoints', 'StepGuard', 'log_rows', 'own_log', 'MetricLog', 'drawing', 'seed_of',
-           'mean_of', 'progress']
+           'last_whole', 'Checkpoints']
 
 # %% ../../nbs/98_checkpoints.ipynb #imports
-import hashlib
 import json
 import os
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
-from fastcore.basics import patch
-from .files import (SIGNATURE, added, aside, changed, damage, half_written, jsonl, manifest, parse_record, remove, seal, sweep,
-                    to_disk, write_jsonl, write_text)
+from .files import SIGNATURE, added, aside, changed, damage, half_written
+from .files import manifest, remove, seal, sweep, to_disk
 from .launch import lost_peer, share, together
 from .settings import UserError, is_main, notice, read_text
 
 # %% ../../nbs/98_checkpoints.ipynb #weights
-NO_MEMORY = ("allocate memory", "out of memory", "not enough memory")   # what PyTorch says, by device
+# What PyTorch says, by device.
+NO_MEMORY = ("allocate memory", "out of memory", "not enough memory")
 
 
 @contextmanager
@@ -38,19 +35,25 @@ def reading(path: str | Path, remedy: str):
     except (UserError, MemoryError):
         raise
     except Exception as e:
-        if lost_peer(e) or isinstance(e, RuntimeError) and any(said in str(e) for said in NO_MEMORY):
-            raise   # that is not the file's fault
+        no_memory = isinstance(e, RuntimeError) and any(said in str(e) for said in NO_MEMORY)
+        if lost_peer(e) or no_memory:
+            raise  # that is not the file's fault
         text = " ".join(str(e).split())[:160] or type(e).__name__
         raise UserError(f"{path}: cannot be read ({text}); {remedy}") from None
 
-
+# %% ../../nbs/98_checkpoints.ipynb #weights-3
 def load_model(cls: type, path: str | Path, trust_remote_code: bool = False, **settings):
-    """A `transformers` model from a folder. UserError also for what the library lets pass: NaN, and missing weights (it makes
-    them up). Python files in the folder are never run, unless `trust_remote_code` says so."""
-    with reading(path, "give a folder with a whole checkpoint"):
-        model, info = cls.from_pretrained(path, output_loading_info=True, trust_remote_code=trust_remote_code, **settings)
+    """A `transformers` model from a folder.
+
+    UserError also for what the library lets pass: NaN, and missing weights (it makes them up).
+    Python files in the folder are never run, unless `trust_remote_code` says so."""
+    remedy = "give a folder with a whole checkpoint"
+    with reading(path, remedy):
+        model, info = cls.from_pretrained(
+            path, output_loading_info=True, trust_remote_code=trust_remote_code, **settings
+        )
     if info["missing_keys"]:
-        raise UserError(f"{path}: {sorted(info['missing_keys'])[0]} is missing; give a folder with a whole checkpoint")
+        raise UserError(f"{path}: {sorted(info['missing_keys'])[0]} is missing; {remedy}")
     bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
     if bad:
         raise UserError(f"{path}: {bad[0]} is not finite; take an earlier checkpoint")
@@ -58,8 +61,11 @@ def load_model(cls: type, path: str | Path, trust_remote_code: bool = False, **s
 
 # %% ../../nbs/98_checkpoints.ipynb #weights-2
 def load_tensors(path: Path, into=None, of: str | None = None) -> dict[str, torch.Tensor]:
-    "Read weights and hand them to `into`. Raises UserError where they are damaged, not finite, not `of` this stage, or do not fit."
-    with reading(path, f"put the file back, or delete {path.parent}, and the next run makes it again"):
+    """Read weights and hand them to `into`.
+
+    Raises UserError where they are damaged, not finite, not `of` this stage, or do not fit."""
+    remedy = f"put the file back, or delete {path.parent}, and the next run makes it again"
+    with reading(path, remedy):
         if of is not None and _owner(path) != of:
             raise ValueError("it belongs to another run, or to other settings")
         tensors = load_file(path)
@@ -78,8 +84,10 @@ def _owner(path) -> str | None:
 
 # %% ../../nbs/98_checkpoints.ipynb #weights-save
 def save_folder(path: str | Path, *writers, of: str = ""):
-    """Let `writers`, such as `model.save_pretrained`, fill a folder that appears when it is complete, and is sealed. The main
-    process writes; all wait. Raises UserError where a folder stands there that we have not made."""
+    """Let `writers`, such as `model.save_pretrained`, fill a folder.
+
+    It appears when it is complete, and is sealed. The main process writes; all wait. Raises
+    UserError where a folder stands there that we have not made."""
     if is_main():
         with aside(path) as new:
             for write in writers:
@@ -89,15 +97,20 @@ def save_folder(path: str | Path, *writers, of: str = ""):
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, of: str = ""):
-    """Write weights in one step; their header says whose they are. In a run of several processes the main one writes and the
-    others wait. Raises UserError where a file stands there that we have not written."""
+    """Write weights in one step; their header says whose they are.
+
+    In a run of several processes the main one writes and the others wait. Raises UserError where
+    a file stands there that we have not written."""
     bad = [name for name, value in tensors.items() if not value.isfinite().all()]
     if bad:
-        raise UserError(f"{path}: {bad[0]} is not finite, so that is not written; lower the learning rate of this stage, and "
-                        f"delete {path.parent}")
+        raise UserError(
+            f"{path}: {bad[0]} is not finite, so that is not written; "
+            f"lower the learning rate of this stage, and delete {path.parent}"
+        )
     if is_main():
         if os.path.lexists(path):
-            with reading(path, "it is not ours to write over; move it away, and the same command goes on"):
+            remedy = "it is not ours to write over; move it away, and the same command goes on"
+            with reading(path, remedy):
                 if _owner(path) != of:
                     raise ValueError("weights that something else has written")
         with aside(path) as new:
@@ -122,13 +135,18 @@ def clear(checkpoints: Path):
 
 
 def last_whole(folder: Path, steps: list[int], of: str = "") -> int:
-    "The last of the checkpoints `step-…` in `folder` that is whole; 0 where none is. Raises UserError where one belongs to another run."
+    """The last of the checkpoints `step-…` in `folder` that is whole; 0 where none is.
+
+    Raises UserError where one belongs to another run."""
     for step in reversed(steps):
-        found = manifest(folder / f"step-{step}")
+        place = folder / f"step-{step}"
+        found = manifest(place)
         if found and found["of"] != of:
-            raise UserError(f"{folder}/step-{step}: a checkpoint of another run, or of other settings; put this run's own "
-                            f"back, or move {folder} away, and the stage begins anew")
-        fault = damage(folder / f"step-{step}")
+            raise UserError(
+                f"{folder}/step-{step}: a checkpoint of another run, or of other settings; "
+                f"put this run's own back, or move {folder} away, and the stage begins anew"
+            )
+        fault = damage(place)
         if not fault:
             return step
         notice(f"{folder}/step-{step} does not count ({fault}): going back to what was before it")
@@ -136,11 +154,19 @@ def last_whole(folder: Path, steps: list[int], of: str = "") -> int:
 
 # %% ../../nbs/98_checkpoints.ipynb #checkpoints-class
 class Checkpoints:
-    """Whole-state checkpoints of an accelerator in `folder`: written aside, sealed, renamed; the last `keep` are kept.
+    """Whole-state checkpoints of an accelerator in `folder`: written aside, sealed, renamed.
 
-    Model and optimiser are accelerate's files; `objects` (with `state_dict` and `load_state_dict`) and the rows of a
-    metric log come along. All is data: nothing in a checkpoint can run when it is read. `of` says whose it is."""
-    def __init__(self, folder: Path, accelerator: Accelerator, keep: int = 2, objects: tuple = (), of: str = ""):
+    Model and optimiser are accelerate's files; `objects` and the rows of a metric log come along.
+    All is data: nothing in a checkpoint can run when it is read."""
+
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        keep: int = 2,  # the last so many are kept
+        objects: tuple = (),  # with `state_dict` and `load_state_dict`
+        of: str = "",  # whose they are
+    ):
         self.folder, self.accelerator, self.keep = Path(folder), accelerator, keep
         self.objects, self.of, self.metrics = objects, of, None
 
@@ -153,58 +179,77 @@ class Checkpoints:
         found = {step: manifest(self.folder / f"step-{step}") for step in self.steps()}
         return [step for step, record in found.items() if record and record["of"] == self.of]
 
-    def clear(self): clear(self.folder)
-
-    def save(self, step: int, metrics: list[dict] | None = None):
-        "Save everything after `step` steps. Raises UserError where it fails; what was saved before stays."
-        try:
-            self._save(step, metrics)
-        except (OSError, RuntimeError, SafetensorError) as e:   # what Python, torch and safetensors say of a full disk
-            if lost_peer(e):
-                raise
-            own = self.own_steps()
-            safe = f"the one after step {own[-1]} is whole" if own else "there is none before it"
-            raise UserError(f"{self.folder}: the checkpoint after step {step} cannot be written ({str(e).splitlines()[0]}), but {safe}: "
-                            "make room on the disk, and the same command continues") from None
+    def clear(self):
+        clear(self.folder)
 
 # %% ../../nbs/98_checkpoints.ipynb #checkpoints-save
+_DISK_FULL = (OSError, RuntimeError, SafetensorError)  # as Python, torch and safetensors say it
+
+
+@patch
+def save(self: Checkpoints, step: int, metrics: list[dict] | None = None):
+    """Save everything after `step` steps.
+
+    Raises UserError where it fails; what was saved before stays."""
+    try:
+        self._save(step, metrics)
+    except _DISK_FULL as e:
+        if lost_peer(e):
+            raise
+        own = self.own_steps()
+        safe = f"the one after step {own[-1]} is whole" if own else "there is none before it"
+        said = str(e).splitlines()[0]
+        raise UserError(
+            f"{self.folder}: the checkpoint after step {step} cannot be written ({said}), "
+            f"but {safe}: make room on the disk, and the same command continues"
+        ) from None
+
+# %% ../../nbs/98_checkpoints.ipynb #checkpoints-save-all
 @patch
 def _save(self: Checkpoints, step, metrics):
-    "All processes write; the main one makes the place, seals it and moves it to where it counts."
+    "The main process tells the others where to write: at no place, where it is not free."
+    place = self.folder / f"step-{step}"
     if not self.accelerator.is_main_process:
-        place = broadcast_object_list([None])[0]
-        if place:
-            self._write(Path(place), metrics)
-        self.accelerator.wait_for_everyone()
-        return
-    if not self._free(self.folder / f"step-{step}"):
+        told = broadcast_object_list([None])[0]
+        if told:
+            self._write(Path(told), metrics)
+    elif self._is_free(place):
+        self._save_aside(place, metrics)
+        for old in self.own_steps()[: -self.keep]:
+            remove(self.folder / f"step-{old}")
+    else:
         broadcast_object_list([""])
-        self.accelerator.wait_for_everyone()
-        return
-    with half_written(self.folder / f"step-{step}") as part:
-        place = part / f"step-{step}"
-        broadcast_object_list([str(place)])
-        self._write(place, metrics)
-        seal(place, self.of)
-        to_disk(place)
-        remove(self.folder / place.name)
-        os.replace(place, self.folder / place.name)
-    for old in self.own_steps()[:-self.keep]:
-        remove(self.folder / f"step-{old}")
     self.accelerator.wait_for_everyone()
+
+
+@patch
+def _save_aside(self: Checkpoints, place, metrics):
+    with half_written(place) as part:
+        new = part / place.name
+        broadcast_object_list([str(new)])
+        self._write(new, metrics)
+        seal(new, self.of)
+        to_disk(new)
+        remove(place)
+        os.replace(new, place)
 
 # %% ../../nbs/98_checkpoints.ipynb #checkpoints-save-2
 @patch
-def _free(self: Checkpoints, place) -> bool:
-    "May a checkpoint be written there: is nothing there, or only an older one of ours? Says so where not."
+def _is_free(self: Checkpoints, place) -> bool:
+    """May a checkpoint be written there: is nothing there, or only an older one of ours?
+
+    Says so where not."""
+    if not os.path.lexists(place):
+        return True
     record = manifest(place) if place.is_dir() and not place.is_symlink() else None
-    free = not os.path.lexists(place) or record is not None and not changed(place, record["files"]) and not added(place)
-    if not free:
-        remove(place)   # what of it is ours
-    if not free and os.path.lexists(place):
-        notice(f"{place}: holds what this package has not made, so there is no checkpoint after this step; move it away")
-        return False
-    return True
+    if record and not changed(place, record["files"]) and not added(place):
+        return True
+    remove(place)  # what of it is ours
+    if not os.path.lexists(place):
+        return True
+    fault = "holds what this package has not made, so there is no checkpoint after this step"
+    notice(f"{place}: {fault}; move it away")
+    return False
 
 
 @patch
@@ -212,134 +257,33 @@ def _write(self: Checkpoints, place, metrics):
     self.accelerator.save_state(str(place))
     self.accelerator.wait_for_everyone()
     if self.accelerator.is_main_process:
+        # Pickles of Python's own; what is drawn depends on seed and step alone.
         for random_state in place.glob("random_states_*.pkl"):
-            remove(random_state)   # a pickle of Python's own; what is drawn depends on seed and step alone
+            remove(random_state)
         torch.save([o.state_dict() for o in self.objects], place / "objects.pt")
         (place / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
 
 # %% ../../nbs/98_checkpoints.ipynb #checkpoints-load
 @patch
 def load(self: Checkpoints, step: int | None = None) -> int:
-    "Load a checkpoint (the last whole one) and say how many steps it holds; 0 where there is none."
+    """Load a checkpoint (the last whole one) and say how many steps it holds.
+
+    0 where there is none."""
     if step is None:
         step = share(lambda: last_whole(self.folder, self.steps(), self.of))
     if step:
         place = self.folder / f"step-{step}"
-        with reading(place, f"move {place} away, and the same command goes on from what was before it"):
-            self.accelerator.load_state(str(place))
-            states = torch.load(place / "objects.pt", map_location=self.accelerator.device, weights_only=True)
-            for thing, state in zip(self.objects, states, strict=True):
-                thing.load_state_dict(state)
-            self.metrics = json.loads(read_text(place / "metrics.json"))
+        remedy = f"move {place} away, and the same command goes on from what was before it"
+        with reading(place, remedy):
+            self._read(place)
     return step
 
-# %% ../../nbs/98_checkpoints.ipynb #guard
-class StepGuard:
-    "Lets an optimiser step only where loss and gradient are finite on every process; `limit` refusals in a row stop the run."
-    def __init__(self, accelerator: Accelerator, stage: str, limit: int = 3):
-        self.accelerator, self.stage, self.limit = accelerator, stage, limit
-        self.skipped, self.in_a_row = 0, 0
 
-    def __call__(self, step: int, loss: float, norm: float) -> bool:
-        "May the optimiser step? Raises UserError that names stage and step."
-        total = self.accelerator.reduce(torch.tensor(loss + norm, device=self.accelerator.device), "sum")   # finite only if all of it is
-        if total.isfinite():
-            self.in_a_row = 0
-            return True
-        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        if self.in_a_row == self.limit:
-            raise UserError(f"{self.stage}, step {step}: loss {loss:g}, gradient norm {norm:g}: {self.limit} updates in a row not finite"
-                            " and not taken. See in metrics.jsonl what went wrong first; lower the learning rate, or look at the data")
-        return False
-
-    def state_dict(self): return dict(skipped=self.skipped, in_a_row=self.in_a_row)
-    def load_state_dict(self, s): self.skipped, self.in_a_row = s["skipped"], s["in_a_row"]
-
-# %% ../../nbs/98_checkpoints.ipynb #log-rows
-def log_rows(file: Path) -> list[dict]:
-    "The rows of a metric log, without a last line that a crash has cut. Raises UserError where it is none."
-    if not os.path.lexists(file):
-        return []
-    try:
-        text = read_text(file)
-    except UnicodeDecodeError:
-        raise UserError(f"{file}: no text, so no metric log; move the file away, and the same command goes on") from None
-    rows = []
-    for i, line in enumerate(text[:text.rfind("\n") + 1].splitlines(), 1):
-        row, fault = parse_record(line, ("step",))
-        if not fault and not isinstance(row["step"], int):
-            fault = "'step' is not a whole number"
-        if fault:
-            raise UserError(f"{file}, line {i}: {fault}; it is no metric log: move the file away, and the same command goes on")
-        rows.append(row)
-    return rows
-
-
-def own_log(file: Path, start: int):
-    "Take a file for a log that `start` steps are in already, by a record of it. Raises UserError where another log stands there."
-    mark = file.with_name("log.json")
-    if mark.is_file() or file.with_name("begun.json").is_file():
-        return
-    if start == 0 and os.path.lexists(file):
-        raise UserError(f"{file}: a log that something else has written; move it away, and the same command goes on")
-    write_text(mark, json.dumps(dict(made_by=SIGNATURE)))
-
-# %% ../../nbs/98_checkpoints.ipynb #metrics
-class MetricLog:
-    """Metrics to `metrics.jsonl` and TensorBoard in `folder`; `start` is the number of steps already done, `rows` what a
-    checkpoint knows of them: that counts, whatever has become of the file meanwhile."""
-    def __init__(self, folder: Path, start: int = 0, main: bool = True, rows: list[dict] | None = None):
-        self.main, self.path, self.rows = main, Path(folder) / "metrics.jsonl", []
-        if not main:
-            return
-        there = log_rows(self.path)
-        own_log(self.path, start)
-        self.rows = [r for r in (there if rows is None else rows) if r["step"] < start]
-        if rows is not None and jsonl([r for r in there if r["step"] < start]) != jsonl(self.rows):
-            notice(f"{self.path}: not as it was at the checkpoint after step {start}; the metrics are taken from there")
-        write_jsonl(self.path, self.rows)
-        from torch.utils.tensorboard import SummaryWriter
-        self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=start)
-
-    def __call__(self, step: int, **values: float):
-        if not self.main:
-            return
-        row = dict(step=step, **values)
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
-        self.rows.append(row)
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self.board.add_scalar(name, value, step)
-
-    def close(self):
-        if not self.main:
-            return
-        self.board.close()
-        if not self.path.is_file() or self.path.read_bytes() != jsonl(self.rows).encode():
-            notice(f"{self.path}: something else has changed it meanwhile; it is written again")
-            write_jsonl(self.path, self.rows)
-
-# %% ../../nbs/98_checkpoints.ipynb #small
-@contextmanager
-def drawing(seed: int, device: torch.device):
-    "Within this block PyTorch's random numbers depend on `seed` alone; outside of it nothing of that is seen."
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def seed_of(*parts) -> int:
-    "A seed that only these parts decide."
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
-
-
-def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
-    "The mean of each figure; nothing where there are no rows."
-    return {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]} if rows else {}
-
-
-def progress(items, text: str):
-    "A progress bar on the main process, quiet in tests and where nobody looks."
-    quiet = os.environ.get("IN_TEST") or os.environ.get("VLMRLHF_QUIET") or not is_main()
-    return tqdm(items, text, disable=bool(quiet), mininterval=1., file=sys.stderr)
+@patch
+def _read(self: Checkpoints, place):
+    self.accelerator.load_state(str(place))
+    device = self.accelerator.device
+    states = torch.load(place / "objects.pt", map_location=device, weights_only=True)
+    for thing, state in zip(self.objects, states, strict=True):
+        thing.load_state_dict(state)
+    self.metrics = json.loads(read_text(place / "metrics.json"))

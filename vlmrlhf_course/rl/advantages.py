@@ -12,43 +12,47 @@ from torch.nn.utils.rnn import pad_sequence
 
 # %% ../../nbs/07_advantages.ipynb #place
 def token_rewards(
-    score: torch.Tensor,      # (B,) reward of each answer
-    kl_cost: torch.Tensor,    # (B, A) cost of each token, already times beta
-    mask: torch.Tensor,       # (B, A)
-) -> torch.Tensor:            # (B, A)
+    score: torch.Tensor,  # (B,) reward of each answer
+    kl_cost: torch.Tensor,  # (B, A) cost of each token, already times beta
+    mask: torch.Tensor,  # (B, A)
+) -> torch.Tensor:  # (B, A)
     "Reward of each token: minus its KL cost; the last real token also gets the answer's score."
     last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
-    return torch.where(last, score.unsqueeze(1), 0.) - kl_cost * mask
+    return torch.where(last, score.unsqueeze(1), 0.0) - kl_cost * mask
 
 # %% ../../nbs/07_advantages.ipynb #gae
 def gae(
-    rewards: torch.Tensor,                   # (B, A)
-    values: torch.Tensor,                    # (B, A): V(s_t), before token t is chosen
-    mask: torch.Tensor,                      # (B, A), True at real tokens; real tokens come first
-    gamma: float | torch.Tensor = 1.0,       # discount; (B,) gives each answer its own
+    rewards: torch.Tensor,  # (B, A)
+    values: torch.Tensor,  # (B, A): V(s_t), before token t is chosen
+    mask: torch.Tensor,  # (B, A), True at real tokens; real tokens come first
+    gamma: float | torch.Tensor = 1.0,  # discount; (B,) gives each answer its own
     lam: float = 0.95,
-    bootstrap: torch.Tensor | None = None,   # (B,) value after the last real token; default 0 (the answer ended)
-) -> tuple[torch.Tensor, torch.Tensor]:      # advantages (B, A), returns (B, A); 0 at padding
-    "Generalised advantage estimation. Source: Schulman et al. 2016, eq. 16. Linear in A, vectorised over B."
+    # (B,) value after the last real token; None: 0, the answer ended
+    bootstrap: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # advantages (B, A), returns (B, A); 0 at padding
+    """Generalised advantage estimation, linear in A and vectorised over B. Source: Schulman et al.
+    2016, eq. 16."""
     B, A = rewards.shape
     gamma = torch.as_tensor(gamma, dtype=rewards.dtype, device=rewards.device).expand(B)
-    after = torch.zeros(B, dtype=rewards.dtype, device=rewards.device) if bootstrap is None else bootstrap
+    after = bootstrap
+    if after is None:
+        after = torch.zeros(B, dtype=rewards.dtype, device=rewards.device)
     running, advantages = torch.zeros_like(after), torch.zeros_like(rewards)
     for t in reversed(range(A)):
         real = mask[:, t]
         delta = rewards[:, t] + gamma * after - values[:, t]
-        running = torch.where(real, delta + gamma * lam * running, 0.)
+        running = torch.where(real, delta + gamma * lam * running, 0.0)
         after = torch.where(real, values[:, t], after)
         advantages[:, t] = running
     return advantages, (advantages + values) * mask
 
 # %% ../../nbs/07_advantages.ipynb #whiten
 def whiten(
-    x: torch.Tensor,         # (B, A)
-    mask: torch.Tensor,      # (B, A)
-    shift: bool = True,      # also remove the mean
-    reduce=lambda t: t,      # sums a tensor over processes, so that all whiten alike
-) -> torch.Tensor:           # (B, A), 0 at padding
+    x: torch.Tensor,  # (B, A)
+    mask: torch.Tensor,  # (B, A)
+    shift: bool = True,  # also remove the mean
+    reduce=lambda t: t,  # sums a tensor over processes, so that all whiten alike
+) -> torch.Tensor:  # (B, A), 0 at padding
     "Mean 0 and standard deviation 1 over real tokens."
     n = reduce(mask.sum().to(x.dtype))
     mean = reduce((x * mask).sum()) / n
@@ -58,53 +62,66 @@ def whiten(
 
 # %% ../../nbs/07_advantages.ipynb #critic
 def side_by_side(
-    features: torch.Tensor,                         # (items, tokens, D), row by row
-    counts: torch.Tensor,                           # (m,) items of each row, 1 or more
-) -> tuple[torch.Tensor, torch.Tensor | None]:      # (m, most, D), and (m, most) with True at padding; None where there is none
-    "The picture vectors of each row, padded to the longest."
-    if (counts == counts[0]).all(): return features.reshape(len(counts), -1, features.shape[-1]), None
+    features: torch.Tensor,  # (items, tokens, D), row by row
+    counts: torch.Tensor,  # (m,) items of each row, 1 or more
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The picture vectors of each row, padded to the longest: (m, most, D), and (m, most) with True
+    at padding; None where there is no padding."""
+    if (counts == counts[0]).all():
+        return features.reshape(len(counts), -1, features.shape[-1]), None
     lengths = counts * features.shape[1]
     padded = pad_sequence(features.flatten(0, 1).split(lengths.tolist()), batch_first=True)
     return padded, torch.arange(padded.shape[1], device=counts.device) >= lengths.unsqueeze(1)
 
-
+# %% ../../nbs/07_advantages.ipynb #critic-2
 class ValueHead(nn.Module):
-    "Per-token values from text states that attend to the pictures: cross-attention, then H → H/2 → tanh → 1."
+    """Per-token values from text states that attend to the pictures: cross-attention, then
+    H → H/2 → tanh → 1."""
+
     def __init__(self, width: int, vision_width: int, heads: int = 4):
         super().__init__()
-        self.look = nn.MultiheadAttention(width, heads, kdim=vision_width, vdim=vision_width, batch_first=True)
-        self.norm, self.down, self.out = nn.LayerNorm(width), nn.Linear(width, width // 2), nn.Linear(width // 2, 1)
-        nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)  # starts by predicting the mean reward: zero
+        self.look = nn.MultiheadAttention(
+            width, heads, kdim=vision_width, vdim=vision_width, batch_first=True
+        )
+        self.norm = nn.LayerNorm(width)
+        self.down, self.out = nn.Linear(width, width // 2), nn.Linear(width // 2, 1)
+        nn.init.zeros_(self.out.weight)  # starts by predicting the mean reward: zero
+        nn.init.zeros_(self.out.bias)
 
     def forward(
         self,
-        hidden: torch.Tensor,               # (B, A, H): the states before each answer token
-        features: torch.Tensor | None,      # (items, tokens, D): the pictures, row by row
-        items: torch.Tensor,                # (B,) items of each row (`Pictures.row_items`); with one picture a row, True and False do
-    ) -> torch.Tensor:                      # (B, A)
+        hidden: torch.Tensor,  # (B, A, H): the states before each answer token
+        features: torch.Tensor | None,  # (items, tokens, D): the pictures, row by row
+        # (B,) items of each row (`Pictures.row_items`); with one picture a row, True and False do
+        items: torch.Tensor,
+    ) -> torch.Tensor:  # (B, A)
         seen, has = hidden, items > 0
         if features is not None and has.any():
             pictures, padding = side_by_side(features, items[has].long())
             look = torch.zeros_like(hidden)
-            look[has] = self.look(hidden[has], pictures, pictures, key_padding_mask=padding, need_weights=False)[0].to(hidden.dtype)
+            attended, _ = self.look(
+                hidden[has], pictures, pictures, key_padding_mask=padding, need_weights=False
+            )
+            look[has] = attended.to(hidden.dtype)
             seen = hidden + look
         return self.out(torch.tanh(self.down(self.norm(seen)))).squeeze(-1)
 
 # %% ../../nbs/07_advantages.ipynb #shaping
 def potential_shaping(
-    potential: torch.Tensor,   # (B, A): Φ(s_t) before each token
-    mask: torch.Tensor,        # (B, A)
+    potential: torch.Tensor,  # (B, A): Φ(s_t) before each token
+    mask: torch.Tensor,  # (B, A)
     gamma: float = 1.0,
-) -> torch.Tensor:             # (B, A) to add to the rewards; Φ after the end counts as 0
-    "F_t = γΦ(s_{t+1}) − Φ(s_t): the only form of shaping that keeps the optimal policy of every task. Source: Ng et al. 1999, theorem 1."
+) -> torch.Tensor:  # (B, A) to add to the rewards; Φ after the end counts as 0
+    """F_t = γΦ(s_{t+1}) − Φ(s_t): the only form of shaping that keeps the optimal policy of every
+    task. Source: Ng et al. 1999, theorem 1."""
     following = torch.cat([potential[:, 1:] * mask[:, 1:], torch.zeros_like(potential[:, :1])], 1)
     return (gamma * following - potential) * mask
 
 # %% ../../nbs/07_advantages.ipynb #vgamma
 def vision_gamma(
-    complexity: torch.Tensor,   # (B,) in [0, 1]
+    complexity: torch.Tensor,  # (B,) in [0, 1]
     base: float = 0.99,
     slope: float = 0.05,
-) -> torch.Tensor:              # (B,)
+) -> torch.Tensor:  # (B,)
     "Vision-conditioned discount. It changes the objective from sample to sample; off by default."
     return base - slope * complexity.clamp(0, 1)

@@ -9,37 +9,45 @@ __all__ = ['CONTROLLERS', 'full_kl', 'kl_estimate', 'AdaptiveController', 'Propo
 # %% ../../nbs/08_kl.ipynb #imports
 from dataclasses import dataclass
 import torch
-from ..model.vlm import VLM, Batch, masked_mean
+from ..model.batch import Batch
+from ..model.vlm import VLM, masked_mean
 
 # %% ../../nbs/08_kl.ipynb #full
 def full_kl(
-    logits: torch.Tensor,              # (B, A, V) of the policy
-    ref_logits: torch.Tensor,          # (B, A, V) of the reference
-    direction: str = "policy||ref",    # the one RLHF penalises, or `ref||policy`
-) -> torch.Tensor:                     # (B, A), ≥ 0
+    logits: torch.Tensor,  # (B, A, V) of the policy
+    ref_logits: torch.Tensor,  # (B, A, V) of the reference
+    direction: str = "policy||ref",  # the one RLHF penalises, or `ref||policy`
+) -> torch.Tensor:  # (B, A), ≥ 0
     "KL divergence of the next-token distributions, summed over the vocabulary."
     p, q = torch.log_softmax(logits, -1), torch.log_softmax(ref_logits, -1)
-    if direction == "ref||policy": p, q = q, p
-    elif direction != "policy||ref": raise ValueError(f"direction {direction!r}: give 'policy||ref' or 'ref||policy'")
+    if direction == "ref||policy":
+        p, q = q, p
+    elif direction != "policy||ref":
+        raise ValueError(f"direction {direction!r}: give 'policy||ref' or 'ref||policy'")
     return (p.exp() * (p - q)).sum(-1)
 
 # %% ../../nbs/08_kl.ipynb #est
 def kl_estimate(
-    logprobs: torch.Tensor,       # (B, A) of the sampled tokens, under the policy
-    ref_logprobs: torch.Tensor,   # (B, A) under the reference
-    kind: str = "k1",             # k1, k2 or k3
-) -> torch.Tensor:                # (B, A)
-    "Per-sample estimate of KL[policy‖ref]; samples must come from the policy. Source: Schulman 2020, 'Approximating KL divergence'."
+    logprobs: torch.Tensor,  # (B, A) of the sampled tokens, under the policy
+    ref_logprobs: torch.Tensor,  # (B, A) under the reference
+    kind: str = "k1",  # k1, k2 or k3
+) -> torch.Tensor:  # (B, A)
+    """Per-sample estimate of KL[policy‖ref]; samples must come from the policy. Source: Schulman
+    2020, 'Approximating KL divergence'."""
     log_r = ref_logprobs - logprobs
-    if kind == "k1": return -log_r
-    if kind == "k2": return log_r ** 2 / 2
-    if kind == "k3": return log_r.exp() - 1 - log_r
+    if kind == "k1":
+        return -log_r
+    if kind == "k2":
+        return log_r**2 / 2
+    if kind == "k3":
+        return log_r.exp() - 1 - log_r
     raise ValueError(f"kind {kind!r}: give k1, k2 or k3")
 
 # %% ../../nbs/08_kl.ipynb #control
 @dataclass
 class AdaptiveController:
     "β×1.5 where KL > 1.5·target, β×0.75 where KL < 0.5·target; kept in [low, high]."
+
     beta: float = 0.1
     target: float = 6.0
     low: float = 0.001
@@ -47,22 +55,28 @@ class AdaptiveController:
 
     def update(self, kl: float) -> float:
         "Take this step's mean KL of a whole answer; returns the new β."
-        if kl > 1.5 * self.target: self.beta *= 1.5
-        elif kl < 0.5 * self.target: self.beta *= 0.75
+        if kl > 1.5 * self.target:
+            self.beta *= 1.5
+        elif kl < 0.5 * self.target:
+            self.beta *= 0.75
         self.beta = min(self.high, max(self.low, self.beta))
         return self.beta
 
-    def state_dict(self): return {"beta": self.beta}
-    def load_state_dict(self, state): self.beta = state["beta"]
+    def state_dict(self):
+        return {"beta": self.beta}
+
+    def load_state_dict(self, state):
+        self.beta = state["beta"]
 
 
 @dataclass
 class ProportionalController(AdaptiveController):
     "β ← β·(1 + gain·clip(KL/target − 1, ±0.2)). Source: Ziegler et al. 2019, section 2.2."
+
     gain: float = 0.1
 
     def update(self, kl: float) -> float:
-        self.beta *= 1 + self.gain * max(-.2, min(.2, kl / self.target - 1))
+        self.beta *= 1 + self.gain * max(-0.2, min(0.2, kl / self.target - 1))
         self.beta = min(self.high, max(self.low, self.beta))
         return self.beta
 
@@ -74,18 +88,21 @@ CONTROLLERS = {"adaptive": AdaptiveController, "proportional": ProportionalContr
 def grounded_mask(
     vlm: VLM,
     batch: Batch,
-    blank: Batch,             # the same with blank pictures
-    threshold: float = 0.1,   # in nats
-) -> torch.Tensor:            # (B, A), True where the picture decides
+    blank: Batch,  # the same with blank pictures
+    threshold: float = 0.1,  # in nats
+) -> torch.Tensor:  # (B, A), True where the picture decides
     "Answer tokens whose reference distribution depends on the picture."
-    return (full_kl(vlm.answer_logits(batch), vlm.answer_logits(blank)) > threshold) & batch.answer_mask
+    effect = full_kl(vlm.answer_logits(batch), vlm.answer_logits(blank))
+    return (effect > threshold) & batch.answer_mask
 
 
 def kl_by_grounding(
-    kl: torch.Tensor,         # (B, A), such as `full_kl`
-    grounded: torch.Tensor,   # (B, A), see `grounded_mask`
-    mask: torch.Tensor,       # (B, A), real tokens
-) -> dict[str, float]:        # grounded, prior: mean KL of such a token; share: of the total, what the grounded ones hold
-    "Mean KL per token on grounded and on prior tokens, and the share of the total that the grounded ones hold."
+    kl: torch.Tensor,  # (B, A), such as `full_kl`
+    grounded: torch.Tensor,  # (B, A), see `grounded_mask`
+    mask: torch.Tensor,  # (B, A), real tokens
+) -> dict[str, float]:
+    """Mean KL of a `grounded` and of a `prior` token, and the `share` of the total that the
+    grounded ones hold."""
     a, b = masked_mean(kl, grounded), masked_mean(kl, mask & ~grounded)
-    return dict(grounded=float(a), prior=float(b), share=float((kl * grounded).sum() / (kl * mask).sum().clamp(min=1e-9)))
+    share = (kl * grounded).sum() / (kl * mask).sum().clamp(min=1e-9)
+    return dict(grounded=float(a), prior=float(b), share=float(share))

@@ -4,38 +4,59 @@
 
 # %% auto #0
 __all__ = ['THING', 'LABELS', 'MIXED', 'QUESTIONS', 'ROUNDS', 'patch_labels', 'TowerTask', 'PretrainConfig', 'thing_prompt',
-           'language_items', 'tower_items', 'record', 'pretrain']
+           'language_items', 'tower_items', 'record', 'pretrain', 'pretrained_vlm']
 
 # %% ../../nbs/92_pretrain.ipynb #imports
 import hashlib
 import json
 import random
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaForCausalLM, LlavaForConditionalGeneration, SiglipVisionModel
-from ..base.runs import (RUN, UserError, alone, claim, clear_checkpoints, digest_of, lock, read_jsonl, save_folder, sealed_as, sweep, unlock,
-                   write_known)
-from ..train.sft import FitConfig, SFTTask, careless, fit
-from ..model.vlm import VLM, VLMConfig, build_model, build_processor
-from .scenes import COLOURS, NOUNS, RELATIONS, SIZES, Prompt, Scene, WorldConfig, draw, make_prompt, sample_scenes
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import LlavaForConditionalGeneration, SiglipVisionModel
+from ..base.checkpoints import clear_checkpoints, load_model, save_folder
+from ..base.files import sealed_as, sweep, write_known
+from ..base.folders import RUN, claim, lock, unlock
+from ..base.records import digest_of, read_jsonl
+from ..base.settings import UserError, alone
+from ..data.prompts import Prompt
+from ..model.vlm import VLM
+from ..train.fit import FitConfig, fit
+from ..train.sft import SFTTask
+from .drawing import draw
+from .llava import VLMConfig, build_model, build_processor
+from .scenes import COLOURS, NOUNS, RELATIONS, SIZES, Scene, WorldConfig
+from .scenes import careless, make_prompt, sample_scenes
 
 # %% ../../nbs/92_pretrain.ipynb #labels
 THING = (len(NOUNS) + 1, len(COLOURS) + 1, len(SIZES) + 1)
-LABELS = THING * 2 + (len(RELATIONS) + 1,) + THING + (9,)   # numbers of classes
+LABELS = THING * 2 + (len(RELATIONS) + 1,) + THING + (9,)  # numbers of classes
 
 
-def _thing_labels(t) -> list[int]:
-    return [NOUNS.index(t.noun) + 1, list(COLOURS).index(t.colour) + 1, SIZES.index(t.size) + 1] if t else [0, 0, 0]
+def _thing_labels(thing) -> list[int]:
+    "Noun, colour and size as class numbers; 0 is kept for nothing."
+    if thing is None:
+        return [0, 0, 0]
+    return [
+        NOUNS.index(thing.noun) + 1,
+        list(COLOURS).index(thing.colour) + 1,
+        SIZES.index(thing.size) + 1,
+    ]
 
 
 def patch_labels(scene: Scene) -> list[list[int]]:
-    "(9, 11) labels of a scene's cells: first thing, second thing, relation, first thing of the next cell in use, number of the cell."
+    """(9, 11) labels of a scene's cells, row by row.
+
+    First thing (3), second thing (3), relation, first thing of the next cell in use (3), number
+    of the cell."""
     at, rows = {g.cell: g for g in scene.groups}, []
     for cell in range(9):
-        here, following = at.get(cell), next((g for g in scene.groups if g.cell > cell), None)
+        here = at.get(cell)
+        following = next((g for g in scene.groups if g.cell > cell), None)
         both = _thing_labels(here and here.thing) + _thing_labels(here and here.other)
         relation = RELATIONS.index(here.relation) + 1 if here and here.relation else 0
         rows.append([*both, relation, *_thing_labels(following and following.thing), cell])
@@ -44,88 +65,205 @@ def patch_labels(scene: Scene) -> list[list[int]]:
 # %% ../../nbs/92_pretrain.ipynb #tower
 class TowerTask(nn.Module):
     "Linear probes on every patch: the tower must make what it sees readable."
+
     def __init__(self, vlm: VLM, scenes: list[Scene], chunk: int = 500):
         super().__init__()
-        self.tower, self.probe = vlm.tower, nn.Linear(vlm.vision_width, sum(LABELS))
-        rows = [vlm.processor.image_processor([draw(s) for s in scenes[i:i + chunk]], return_tensors="pt").pixel_values.half()
-                for i in range(0, len(scenes), chunk)]
-        self.pixels, self.labels = torch.cat(rows), torch.tensor([patch_labels(s) for s in scenes])
+        self.tower = vlm.tower
+        self.probe = nn.Linear(vlm.vision_width, sum(LABELS))
+        self.pixels = self._draw(vlm.processor.image_processor, scenes, chunk)
+        self.labels = torch.tensor([patch_labels(s) for s in scenes])
 
-    def collate(self, items): return self.pixels[items].float(), self.labels[items]
-    def count(self, batch) -> int: return len(batch[0])
+    def _draw(self, prepare, scenes, chunk):
+        "All pictures, in half precision to save memory: (scenes, 3, size, size)."
+        parts = []
+        for first in range(0, len(scenes), chunk):
+            pictures = [draw(s) for s in scenes[first : first + chunk]]
+            parts.append(prepare(pictures, return_tensors="pt").pixel_values.half())
+        return torch.cat(parts)
+
+    def collate(self, items):
+        return self.pixels[items].float(), self.labels[items]
+
+    def count(self, batch) -> int:
+        return len(batch[0])
 
     def forward(self, batch):
         pixels, labels = batch
-        logits = self.probe(self.tower(pixels, output_hidden_states=True).hidden_states[-1]).split(LABELS, -1)
-        loss = sum(F.cross_entropy(z.flatten(0, 1), labels[..., j].flatten()) for j, z in enumerate(logits))
-        right = torch.stack([(z.argmax(-1) == labels[..., j])[labels[..., 0] > 0].float().mean() for j, z in enumerate(logits)])
-        return loss * len(pixels), dict(accuracy=float(right.mean()))
+        states = self.tower(pixels, output_hidden_states=True).hidden_states[-1]  # (B, 9, width)
+        logits = self.probe(states).split(LABELS, -1)
+        loss, right = 0, []
+        in_use = labels[..., 0] > 0  # accuracy says little on empty cells
+        for j, z in enumerate(logits):
+            truth = labels[..., j]
+            loss = loss + F.cross_entropy(z.flatten(0, 1), truth.flatten())
+            right.append((z.argmax(-1) == truth)[in_use].float().mean())
+        return loss * len(pixels), dict(accuracy=float(torch.stack(right).mean()))
 
 # %% ../../nbs/92_pretrain.ipynb #config
 @dataclass(frozen=True)
 class PretrainConfig:
     "Pools of scenes, and how both parts are trained."
+
     tower_scenes: int = 16000
     scenes: int = 24000
-    tower: FitConfig = FitConfig(steps=3000, lr=2e-3, batch=128, micro_batch=128, warmup=.02, save_every=500)
-    language: FitConfig = FitConfig(steps=7000, lr=2e-3, batch=32, micro_batch=32, warmup=.02, save_every=500)
-    questions: FitConfig = FitConfig(steps=1500, lr=1e-3, batch=64, micro_batch=64, warmup=.02, save_every=500)
-    captions: FitConfig = FitConfig(steps=6000, lr=1.5e-3, batch=32, micro_batch=32, warmup=.02, save_every=500)
-    sloppy: WorldConfig = WorldConfig(omit=.2, signature=0., invent=.15, max_invented=2, invent_typical=.8,
-                                      wrong_colour=0., wrong_size=0., wrong_relation=0.)
+    tower: FitConfig = FitConfig(
+        steps=3000, lr=2e-3, batch=128, micro_batch=128, warmup=0.02, save_every=500
+    )
+    language: FitConfig = FitConfig(
+        steps=7000, lr=2e-3, batch=32, micro_batch=32, warmup=0.02, save_every=500
+    )
+    questions: FitConfig = FitConfig(
+        steps=1500, lr=1e-3, batch=64, micro_batch=64, warmup=0.02, save_every=500
+    )
+    captions: FitConfig = FitConfig(
+        steps=6000, lr=1.5e-3, batch=32, micro_batch=32, warmup=0.02, save_every=500
+    )
+    sloppy: WorldConfig = WorldConfig(
+        omit=0.2,
+        signature=0.0,
+        invent=0.15,
+        max_invented=2,
+        invent_typical=0.8,
+        wrong_colour=0.0,
+        wrong_size=0.0,
+        wrong_relation=0.0,
+    )
 
 # %% ../../nbs/92_pretrain.ipynb #items
-MIXED = dict(detail=5, thing=3, exists=3, brief=1, count=1, colour=1, relation=1, text=1)   # kind → weight
+MIXED = dict(  # kind → weight
+    detail=5, thing=3, exists=3, brief=1, count=1, colour=1, relation=1, text=1
+)
 QUESTIONS = dict(exists=8, thing=5, colour=3, relation=2, count=1, brief=1, detail=1)
 
 
-def thing_prompt(scene: Scene, rng: random.Random, absent: float = .3) -> Prompt:
+def thing_prompt(scene: Scene, rng: random.Random, absent: float = 0.3) -> Prompt:
     "Ask for one thing; with probability `absent` for one that is not there."
-    thing = rng.choice(scene.things)
+    image, thing = f"scene:{scene}", rng.choice(scene.things)
     if rng.random() < absent:
         noun = rng.choice([n for n in NOUNS if not scene.find(n)])
-        return Prompt("thing", f"describe the {noun} .", "no .", f"scene:{scene}")
+        return Prompt("thing", f"describe the {noun} .", "no .", image)
     group = next(g for g in scene.groups if thing in g.things)
     more = f" {group.relation} a {group.other}" if thing == group.thing and group.other else ""
-    return Prompt("thing", f"describe the {thing.noun} .", f"a {thing}{more} .", f"scene:{scene}")
+    return Prompt("thing", f"describe the {thing.noun} .", f"a {thing}{more} .", image)
 
 
-def language_items(scenes: list[Scene], size: int, kinds: dict[str, float] = MIXED, sloppy: WorldConfig | None = None):
+def language_items(
+    scenes: list[Scene],
+    size: int,
+    kinds: dict[str, float] = MIXED,
+    sloppy: WorldConfig | None = None,
+):
     "step -> prompts of several kinds with answers: faithful, or as a sloppy captioner gives them."
-    def at(step, kinds=kinds):
-        rng = random.Random(f"pretrain/{'faithful' if sloppy is None else 'sloppy'}/{step}")
-        kinds = rng.choices(list(kinds), list(kinds.values()), k=size)
-        prompts = [thing_prompt(s, rng) if k == "thing" else make_prompt(s, k, rng) for k, s in zip(kinds, rng.choices(scenes, k=size))]
+    manner = "faithful" if sloppy is None else "sloppy"
+
+    def ask(scene, kind, rng):
+        return thing_prompt(scene, rng) if kind == "thing" else make_prompt(scene, kind, rng)
+
+    def at(step):
+        rng = random.Random(f"pretrain/{manner}/{step}")
+        asked = rng.choices(list(kinds), list(kinds.values()), k=size)
+        shown = rng.choices(scenes, k=size)
+        prompts = [ask(scene, kind, rng) for scene, kind in zip(shown, asked)]
         return prompts if sloppy is None else [careless(p, rng, sloppy) for p in prompts]
+
     return at
 
-
+# %% ../../nbs/92_pretrain.ipynb #items-2
 def tower_items(n: int, size: int):
     "step -> indices of scenes."
     return lambda step: random.Random(f"tower/{step}").choices(range(n), k=size)
 
 # %% ../../nbs/92_pretrain.ipynb #record
-ROUNDS = dict(tower=("tower",), language=("language", "questions", "captions"))   # part → its fits
+ROUNDS = dict(tower=("tower",), language=("language", "questions", "captions"))  # part → its fits
 
 
 def record(folder: str | Path) -> dict:
-    "How the parts in `folder` came about: for each its hash, the first losses, the number of steps and the last loss."
-    out = {}
+    """How the parts in `folder` came about.
+
+    For each: its hash, the first losses, the number of steps, and the last loss."""
+    folder, out = Path(folder), {}
     for part, rounds in ROUNDS.items():
-        rows = [r for name in rounds for r in read_jsonl(Path(folder) / f"fit-{name}" / "metrics.jsonl")]
-        digest = hashlib.sha256((Path(folder) / part / "model.safetensors").read_bytes()).hexdigest()
-        out[part] = dict(sha256=digest, losses=[r["loss"] for r in rows[:3]], steps=len(rows), last_loss=rows[-1]["loss"])
+        rows = []
+        for name in rounds:
+            rows += read_jsonl(folder / f"fit-{name}" / "metrics.jsonl")
+        weights = (folder / part / "model.safetensors").read_bytes()
+        out[part] = dict(
+            sha256=hashlib.sha256(weights).hexdigest(),
+            losses=[r["loss"] for r in rows[:3]],
+            steps=len(rows),
+            last_loss=rows[-1]["loss"],
+        )
     return out
+
+# %% ../../nbs/92_pretrain.ipynb #pretrain-tower
+def _make_tower(vlm: VLM, folder: Path, cfg: PretrainConfig, seed: int, of: str):
+    "Train the tower, or load it where a run with the same `of` has; then freeze it."
+    if not sealed_as(folder / "tower", of):
+        fit(
+            TowerTask(vlm, sample_scenes(cfg.tower_scenes)),
+            tower_items(cfg.tower_scenes, cfg.tower.batch),
+            cfg.tower,
+            folder / "fit-tower",
+            "tower",
+            clear=False,
+            seed=seed,
+            of=f"{of} tower",
+        )
+        save_folder(folder / "tower", vlm.tower.save_pretrained, of=of)
+    clear_checkpoints(folder / "fit-tower")  # now that the result is on the disk
+    vlm.tower.load_state_dict(SiglipVisionModel.from_pretrained(folder / "tower").state_dict())
+    vlm.tower.requires_grad_(False)
+
+# %% ../../nbs/92_pretrain.ipynb #pretrain-language
+def _make_round(vlm: VLM, folder: Path, name: str, cfg: FitConfig, items, seed: int, of: str):
+    "One round of the language model: train it, or load it where it is done."
+    after = folder / f"after-{name}"
+    if not sealed_as(after, f"{of} {name}"):
+        fit(
+            SFTTask(vlm),
+            items,
+            cfg,
+            folder / f"fit-{name}",
+            name,
+            clear=False,
+            seed=seed,
+            of=f"{of} {name}",
+        )
+        save_folder(after, vlm.model.save_pretrained, of=f"{of} {name}")
+    clear_checkpoints(folder / f"fit-{name}")
+    vlm.model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(after).state_dict())
+
+
+def _make_language(vlm: VLM, folder: Path, cfg: PretrainConfig, seed: int, of: str):
+    "The three rounds; what is kept is the language model without the projector."
+    scenes = sample_scenes(cfg.scenes)
+    rounds = (
+        ("language", cfg.language, MIXED, None),
+        ("questions", cfg.questions, QUESTIONS, None),
+        ("captions", cfg.captions, MIXED, cfg.sloppy),
+    )
+    for name, stage, kinds, sloppy in rounds:
+        items = language_items(scenes, stage.batch, kinds, sloppy)
+        _make_round(vlm, folder, name, stage, items, seed, of)
+    language = LlamaForCausalLM(vlm.language.config)
+    language.model.load_state_dict(vlm.language.state_dict())
+    language.lm_head.load_state_dict(vlm.model.lm_head.state_dict())
+    if not sealed_as(folder / "language", of):
+        save_folder(folder / "language", language.save_pretrained, of=of)
 
 # %% ../../nbs/92_pretrain.ipynb #pretrain
 def pretrain(
-    folder: str | Path,                       # where `tower` and `language` are written
+    folder: str | Path,  # where `tower` and `language` are written
     cfg: PretrainConfig = PretrainConfig(),
     model: VLMConfig = VLMConfig(),
     seed: int = 0,
 ):
-    "Make the pretrained parts: probe the tower, train the language model on what it sees, keep both, drop the projector."
-    if not alone(): raise UserError("pretrain works in one process: start it without torchrun")
+    """Make the pretrained parts, and the record of how they came about.
+
+    Probe the tower, train the language model on what it sees, keep both, drop the projector.
+    Raises UserError where it runs in several processes."""
+    if not alone():
+        raise UserError("pretrain works in one process: start it without torchrun")
     torch.manual_seed(seed)
     folder = Path(folder)
     of = digest_of(["pretrain", seed, asdict(cfg), asdict(model)])
@@ -133,25 +271,31 @@ def pretrain(
     lock(folder)
     sweep(folder)
     vlm = VLM(build_model(model), build_processor(model))
-    if not sealed_as(folder / "tower", of):
-        fit(TowerTask(vlm, sample_scenes(cfg.tower_scenes)), tower_items(cfg.tower_scenes, cfg.tower.batch), cfg.tower,
-            folder / "fit-tower", "tower", clear=False, seed=seed, of=f"{of} tower")
-        save_folder(folder / "tower", vlm.tower.save_pretrained, of=of)
-    clear_checkpoints(folder / "fit-tower")   # now that the result is on the disk
-    vlm.tower.load_state_dict(SiglipVisionModel.from_pretrained(folder / "tower").state_dict())
-    vlm.tower.requires_grad_(False)
-    scenes = sample_scenes(cfg.scenes)
-    rounds = (("language", cfg.language, MIXED, None), ("questions", cfg.questions, QUESTIONS, None), ("captions", cfg.captions, MIXED, cfg.sloppy))
-    for name, stage, kinds, sloppy in rounds:
-        if not sealed_as(folder / f"after-{name}", f"{of} {name}"):
-            items = language_items(scenes, stage.batch, kinds, sloppy)
-            fit(SFTTask(vlm), items, stage, folder / f"fit-{name}", name, clear=False, seed=seed, of=f"{of} {name}")
-            save_folder(folder / f"after-{name}", vlm.model.save_pretrained, of=f"{of} {name}")
-        clear_checkpoints(folder / f"fit-{name}")
-        vlm.model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(folder / f"after-{name}").state_dict())
-    language = LlamaForCausalLM(vlm.language.config)
-    language.model.load_state_dict(vlm.language.state_dict()), language.lm_head.load_state_dict(vlm.model.lm_head.state_dict())
-    if not sealed_as(folder / "language", of):
-        save_folder(folder / "language", language.save_pretrained, of=of)
-    write_known(folder / RUN, folder / "record.json", (json.dumps(record(folder), indent=1) + "\n").encode())
+    _make_tower(vlm, folder, cfg, seed, of)
+    _make_language(vlm, folder, cfg, seed, of)
+    text = json.dumps(record(folder), indent=1) + "\n"
+    write_known(folder / RUN, folder / "record.json", text.encode())
     unlock(folder)
+
+# %% ../../nbs/92_pretrain.ipynb #pretrained
+def pretrained_vlm(seed: int = 0) -> VLM:
+    "Pretrained tower and language model, joined by a projector that has learned nothing yet."
+    folder = files("vlmrlhf_course") / "pretrained"
+    tower, language = (
+        load_model(AutoModel, folder / "tower"),
+        load_model(AutoModelForCausalLM, folder / "language"),
+    )
+    seen = getattr(tower.config, "vision_config", tower.config)
+    cfg = VLMConfig(
+        width=language.config.hidden_size,
+        layers=language.config.num_hidden_layers,
+        vision_width=seen.hidden_size,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vlm = VLM(build_model(cfg), build_processor(cfg))
+    vlm.tower.load_state_dict(tower.state_dict())
+    vlm.language.load_state_dict(language.model.state_dict())
+    vlm.model.lm_head.load_state_dict(language.lm_head.state_dict())
+    vlm.tower.requires_grad_(False)
+    return vlm

@@ -1,0 +1,23 @@
+"The table of mutants fits the sources, and the long proofs were run."
+
+import json
+
+import pytest
+from conftest import REPO
+from mutants import MUTANTS, mutate
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_each_mutant_still_matches_its_source(mutant):
+    "`python tests/mutants.py` is too slow for every day; that its snippets are there is not."
+    assert mutate(mutant)
+
+
+def test_the_long_proofs_are_recorded():
+    """`make proof` was run on the mutants that are there
+    now, and on thirty kills: tests/proofs.json."""
+    proofs = json.loads((REPO / "tests" / "proofs.json").read_text("utf-8"))
+    assert proofs["mutants"]["killed"] == len(MUTANTS) and not proofs["mutants"]["SURVIVED"]
+    assert proofs["kill"]["kills"] >= 30
+    assert {"sft", "preferences", "reward", "ppo", "evaluate"} <= proofs["kill"]["hit"].keys()
+    assert proofs["kill"]["while_a_checkpoint_was_written"] > 0
