@@ -10,7 +10,7 @@ from vlmrlhf_course.base.records import read_jsonl
 from vlmrlhf_course.data.pairs import group_pairs
 from vlmrlhf_course.data.prompts import Prompt
 from vlmrlhf_course.model.roles import LoRAConfig
-from vlmrlhf_course.rl.rewards import reward
+from vlmrlhf_course.train import reward
 from vlmrlhf_course.train.fit import FitConfig
 from vlmrlhf_course.train.reward import EarlyStopping, RewardConfig, RewardModel, early_stop
 from vlmrlhf_course.train.reward import pair_accuracy, score_texts, train_reward
