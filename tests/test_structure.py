@@ -176,13 +176,13 @@ def test_lines_fit_a_page():
 
 
 def only_generated(where: str, lines: list[int]) -> bool:
-    "nbdev writes `__all__` and a line with the notebook's name, and knows no columns."
+    "nbdev writes `__all__`, and knows no columns."
     if not where.startswith("vlmrlhf_course/"):
         return False
     text = (REPO / where).read_text().splitlines()
     start = next((i for i, line in enumerate(text) if line.startswith("__all__")), 0)
     end = next((i for i, line in enumerate(text[start:], start) if line.endswith("]")), 0)
-    return all(start <= n - 1 <= end or n == 1 for n in lines)
+    return all(start <= n - 1 <= end for n in lines)
 
 
 @pytest.mark.parametrize("path", [*MODULES, *SCRIPTS], ids=lambda p: str(p.relative_to(REPO)))
