@@ -9,14 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.update(
-    OMP_NUM_THREADS="1",
-    VLMRLHF_QUIET="1",
-    HF_HUB_OFFLINE="1",
-    TRANSFORMERS_VERBOSITY="error",
-    TRANSFORMERS_NO_ADVISORY_WARNINGS="1",
-    HF_HUB_DISABLE_PROGRESS_BARS="1",
-)
+import quiet  # noqa: F401  (before PyTorch and its friends are imported)
 
 import pytest
 import torch

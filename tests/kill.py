@@ -21,14 +21,7 @@ from collections import Counter
 from datetime import date
 from pathlib import Path
 
-os.environ.update(
-    OMP_NUM_THREADS="1",
-    VLMRLHF_QUIET="1",
-    HF_HUB_OFFLINE="1",
-    TRANSFORMERS_VERBOSITY="error",
-    TRANSFORMERS_NO_ADVISORY_WARNINGS="1",
-    HF_HUB_DISABLE_PROGRESS_BARS="1",
-)
+import quiet  # noqa: F401  (before PyTorch and its friends are imported)
 
 from accelerate.state import AcceleratorState
 from stage_table import groups_of, run_of, short_training, with_every_arm

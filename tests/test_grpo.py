@@ -7,23 +7,11 @@ from functools import partial
 
 import pytest
 import torch
+from small_models import mask, rand, slope
 from torch.testing import assert_close
 
 from vlmrlhf_course.rl.grpo import LENGTHS, GRPOConfig, RLOOConfig, group_advantages, grpo_loss
 from vlmrlhf_course.rl.grpo import per_length, rloo_advantages, rloo_loss
-
-
-def rand(*shape, seed=0, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
-
-
-def mask():
-    return torch.arange(6) < torch.tensor([[6], [2], [4], [1]])
-
-
-def slope(loss, x):
-    return torch.autograd.grad(loss, x)[0]
 
 
 # --- advantages -----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
-from small_models import pixels, rand, shake
+from small_models import mask, pixels, rand, shake, slope
 from torch.testing import assert_close
 
 try:
@@ -39,14 +39,6 @@ from vlmrlhf_course.train.reward import ScoreHead, bt_loss, last_real
 from vlmrlhf_course.model.roles import LoRAConfig
 from vlmrlhf_course.model.vlm import masked_mean, token_logprobs
 from vlmrlhf_course.model.batch import pad_sides
-
-
-def mask():
-    return torch.arange(6) < torch.tensor([[6], [2], [4], [1]])
-
-
-def slope(loss, x):
-    return torch.autograd.grad(loss, x)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
+from small_models import mask, rand, slope
 from torch.testing import assert_close
 
 try:
@@ -34,19 +35,6 @@ from vlmrlhf_course.rl.grpo import whole_kl
 
 MOST = 9  # longest answer that is possible
 OURS = dict(grpo="answer", bnpo="tokens", dr_grpo="constant")  # their loss_type → our length
-
-
-def rand(*shape, seed=0, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
-
-
-def mask():
-    return torch.arange(6) < torch.tensor([[6], [2], [4], [1]])
-
-
-def slope(loss, x):
-    return torch.autograd.grad(loss, x)[0]
 
 
 def same(x, *args, **kwargs):

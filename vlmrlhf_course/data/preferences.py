@@ -84,6 +84,8 @@ def fleiss_kappa(
     if not counts:
         raise ValueError("no item was rated twice, so nobody could agree or disagree")
     n, raters = len(counts), sum(counts[0])
+    if raters < 2 or any(sum(row) != raters for row in counts):
+        raise ValueError("kappa needs the same number of raters for every item, two or more")
     share = [sum(row[j] for row in counts) / (n * raters) for j in range(len(counts[0]))]
     agree = sum((sum(c * c for c in row) - raters) / (raters * (raters - 1)) for row in counts) / n
     chance = sum(p * p for p in share)
@@ -215,7 +217,10 @@ def agreement(task: Task, split: str, rows: list[dict]) -> dict[str, float]:
             " preferences.temperatures or samples, or lower max_similarity, and delete that folder"
         )
     candidates = sum(len(row["answers"]) for row in rows) / len(rows)
-    return dict(kappa=fleiss_kappa(votes), candidates=candidates)
+    try:
+        return dict(kappa=fleiss_kappa(votes), candidates=candidates)
+    except ValueError as e:
+        raise UserError(f"{task.folder}: rankings of {split}: {e}; rank without ties") from None
 
 
 def ranked_pairs(task: Task, split: str, n: int) -> tuple[list[dict], list[dict]]:

@@ -114,7 +114,8 @@ def reward_figures(run: Run) -> dict[str, float]:
     "What is known of the reward model, from the records of its stage and of the pairs."
     info = run.info("reward")
     figures = dict(pair_accuracy=info["pair_accuracy"]["labels"])
-    figures |= dict(pair_accuracy_gold=info["pair_accuracy"]["gold"])
+    if "gold" in info["pair_accuracy"]:
+        figures["pair_accuracy_gold"] = info["pair_accuracy"]["gold"]
     figures |= {key: info[key]["labels"] for key in ("image_ablated", "text_ablated")}
     pairs = run.info("preferences")["train"]
     return figures | {key: pairs[key] for key in ("kappa",) if key in pairs}

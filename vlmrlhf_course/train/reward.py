@@ -242,7 +242,8 @@ def pair_accuracy(
         s = rm(batch)
         hits += [bool(s[c] > s[r]) for c, r, _ in pairs]
     gold = [hit == row["gold"] for hit, row in zip(hits, rows) if "gold" in row]
-    return dict(labels=sum(hits) / len(hits), gold=sum(gold) / max(1, len(gold)))
+    known = dict(gold=sum(gold) / len(gold)) if gold else {}  # no truth is no share of 0
+    return dict(labels=sum(hits) / len(hits)) | known
 
 
 def _changed(pair: dict, image: str | None, prompt: str | None) -> dict:
