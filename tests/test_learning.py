@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from small_models import SMALL, SMALL_LORA, experience_of, logprobs, loss_of, push, scores_of
-from small_models import shake, values, with_settings
+from small_models import reward_model, shake, values, with_settings
 from torch.testing import assert_close
 
 from vlmrlhf_course.base.launch import make_accelerator
@@ -13,7 +13,7 @@ from vlmrlhf_course.base.records import read_jsonl
 from vlmrlhf_course.data.pairs import group_pairs
 from vlmrlhf_course.model.vlm import VLM, token_logprobs
 from vlmrlhf_course.rl.kl import full_kl
-from vlmrlhf_course.rl.loop import State, train
+from vlmrlhf_course.rl.loop import Learner, State, train
 from vlmrlhf_course.rl.ppo import PPO, PPOConfig
 from vlmrlhf_course.rl.rollout import sample
 from vlmrlhf_course.train.fit import backward_through, grad_norms
@@ -218,3 +218,14 @@ def test_a_run_recovers_from_an_explosion(tmp_path):
     # else the weights that were brought back are those that exploded
     assert rows[2]["kl"] < 0.2 * rows[1]["kl"]
     assert state.lr_scale < 1
+
+
+def test_a_learner_trains_its_roles_and_nothing_else(vlm):
+    "Also on a trunk that was just loaded, and still wants gradients everywhere."
+    rm = reward_model(vlm, "token")
+    ppo = PPO(rm, PPOConfig(lora=SMALL_LORA)).double()
+    vlm.model.requires_grad_(True)
+    learner = Learner.of(ppo, scores_of(rm, ppo.cfg), "ppo")
+    own = {id(p) for group in ppo.groups() for p in group.params}
+    assert {id(p) for p in learner.state.params} == own
+    assert {id(p) for p in [*ppo.parameters(), *rm.parameters()] if p.requires_grad} == own

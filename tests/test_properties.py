@@ -172,6 +172,14 @@ def test_a_truth_that_nobody_knows_cannot_be_paid(cast, roll):
     assert lone == [2] and got[2] == learned[2] and (got != learned).any()
 
 
+def test_a_penalty_that_nobody_can_judge_is_refused(cast, roll):
+    "A source without a judge would pay nothing, and nobody would notice."
+    source = DrawnWorld()
+    source.judge = lambda prompt, text: None
+    with pytest.raises(UserError, match="reward penalty: the source can judge no answer"):
+        Scores(Judges(cast.rm, source, PPOConfig().penalty), PAID["rm+penalty"])(roll)
+
+
 @pytest.mark.parametrize("reward", ["rm", "rm+penalty"])
 def test_a_bad_answer_does_not_gain_by_not_ending(cast, roll, reward):
     rm = rescaled(cast.rm, shift=99.0)  # all rewards are far below `no_eos`

@@ -187,7 +187,8 @@ class Learner:
 
     @classmethod
     def of(cls, algorithm: Algorithm, scores: Scores, text: str):
-        "Prepare an algorithm for training; `text` names it in messages."
+        "Prepare an algorithm for training: its roles, and nothing else. `text` names it in messages."
+        algorithm.learn()
         accelerator, groups = make_accelerator(), algorithm.groups()
         check_shares(algorithm.cfg, accelerator.num_processes)
         # No weight decay: on an adapter it is a second, hidden pull to the reference.
@@ -301,7 +302,6 @@ def scores_of(task: Task) -> Scores:
 def make_policy(task: Task, algorithm: Algorithm) -> dict:
     "Train an arm, and save its actor."
     run, cfg, source = task.run, task.cfg, task.run.source
-    algorithm.learn()
     prompts = source.prompts("train", cfg.pool, cfg.kinds, f"ppo/{run.seed}")
     validation = source.prompts("validation", 128, cfg.kinds, f"ppo/{run.seed}")
     state = train(algorithm, scores_of(task), prompts, validation, task.folder, run.seed)

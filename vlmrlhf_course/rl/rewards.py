@@ -54,8 +54,12 @@ def learned_reward(judges: Judges, roll: Rollout, texts: list[str], step: int) -
 
 @reward("penalty")
 def hallucination_penalty(judges: Judges, roll: Rollout, texts: list[str], step: int):
-    "(B,) Points for false claims and for coverage; 0 where the source has nothing to judge by."
+    """(B,) Points for false claims and for coverage; 0 where an answer is about no picture.
+
+    Raises UserError where the source can judge none of the answers: nothing would be paid."""
     counts = [judges.source.judge(p, text) for p, text in zip(roll.prompts, texts)]
+    if not any(counts):
+        raise UserError("reward penalty: the source can judge no answer; leave it out")
     return judges.points([0.0 if c is None else penalty(c, judges.penalty, step) for c in counts])
 
 
