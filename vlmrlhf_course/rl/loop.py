@@ -187,7 +187,7 @@ class Learner:
 
     @classmethod
     def of(cls, algorithm: Algorithm, scores: Scores, text: str):
-        "Prepare an algorithm for training: its roles, and nothing else. `text` names it in messages."
+        "Prepare an algorithm to train its roles, and nothing else; `text` names it in messages."
         algorithm.learn()
         accelerator, groups = make_accelerator(), algorithm.groups()
         check_shares(algorithm.cfg, accelerator.num_processes)
