@@ -18,6 +18,7 @@ def test_the_long_proofs_are_recorded():
     now, and on thirty kills: tests/proofs.json."""
     proofs = json.loads((REPO / "tests" / "proofs.json").read_text("utf-8"))
     assert proofs["mutants"]["killed"] == len(MUTANTS) and not proofs["mutants"]["SURVIVED"]
-    assert proofs["kill"]["kills"] >= 30
-    assert {"sft", "preferences", "reward", "ppo", "evaluate"} <= proofs["kill"]["hit"].keys()
-    assert proofs["kill"]["while_a_checkpoint_was_written"] > 0
+    kill = proofs["kill"]
+    assert kill["kills"] >= 30 and kill["while_a_checkpoint_was_written"] > 0
+    assert {"sft", "preferences", "reward", "arms", "evaluate"} == kill["hit"].keys()
+    assert {"ppo", "ppo_rm", "grpo", "rloo", "dpo"} <= set(kill["stages"]["arms"])
