@@ -15,7 +15,7 @@ from .world.scenes import WorldConfig
 from .world.source import DrawnWorld
 
 # %% ../nbs/99g_pipeline.ipynb #fill
-ROOMS = ("data", "train", "rl", "report")  # whose modules may bring stages
+ROOMS = ("data", "train", "rl", "report", "world")  # whose modules may bring stages
 
 
 def fill_table():
@@ -46,7 +46,7 @@ def course_run(scale: str = "lesson", **more) -> Run:
     return with_source(cached_run(scale, **more))
 
 # %% ../nbs/99g_pipeline.ipynb #check
-NO_POLICY = ("sft", "preferences", "reward", "evaluate")  # kinds that do not give one
+NO_POLICY = ("sft", "preferences", "detector", "reward", "evaluate")  # kinds that do not give one
 
 
 def check_run(run: Run):

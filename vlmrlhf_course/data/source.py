@@ -39,8 +39,10 @@ class Source(Protocol):
     def judge(self, prompt: Prompt, text: str):
         "Counts of true and false claims (`Verdict`); None where nobody can tell."
 
-    def summarise(self, verdicts: list) -> dict[str, float]:
-        "Figures over many verdicts."
+    def parts(self, verdicts: list) -> dict[str, tuple[list[float], list[float]]]:
+        """Figures over many verdicts: name → what each answer adds to numerator and denominator.
+
+        So a report knows their intervals, too."""
 
     def quiz(self, prompts: list[Prompt]) -> list[Prompt]:
         "Yes/no questions about the same pictures, with answers; [] where there are none."

@@ -130,49 +130,59 @@ def training_figure(curves: dict[str, list[dict]]) -> Figure:
     return fig
 
 # %% ../../nbs/11b_report.ipynb #table
-COLUMNS = {
-    "chair_i": "false mentions (CHAIR_i)",
-    "recall": "recall",
-    "attribute_error": "attribute errors",
-    "relation_error": "relation errors",
-    "facts": "true facts",
-    "length": "words",
-    "reward": "learned reward",
-    "true_score": "true score",
-    "kl": "KL",
+COLUMNS = {  # figure → its column in the page, and in a terminal
+    "chair_i": ("false mentions (CHAIR_i)", "CHAIR_i"),
+    "repeats": ("repeats", "repeats"),
+    "recall": ("recall", "recall"),
+    "attribute_error": ("attribute errors", "attr."),
+    "relation_error": ("relation errors", "rel."),
+    "facts": ("true facts", "facts"),
+    "length": ("words", "words"),
+    "novel_chair_i": ("CHAIR_i, unseen combinations", "novel"),
+    "novel_recall": ("recall, unseen combinations", "nov.rec."),
+    "pope_accuracy": ("POPE accuracy", "POPE"),
+    "pope_yes_rate": ("POPE yes-rate", "yes"),
+    "reward": ("learned reward", "reward"),
+    "true_score": ("true score", "true"),
+    "kl": ("KL", "KL"),
+    "iterations": ("iterations", "iter."),
 }
 
 
-def row_names(labels: dict[str, str], headline: str) -> dict[str, str]:
+def row_names(labels: dict[str, str]) -> dict[str, str]:
     "What the rows of the table are called: SFT's, then the arms' by their labels."
     ours = dict(sft="SFT", sft_greedy="SFT, greedy", sft_blank="SFT, picture blanked")
-    names = ours | dict(best_of_n="best of n") | labels
-    shown = labels[headline]
-    names |= {f"{headline}_greedy": f"{shown}, greedy", "sft_novel": "SFT, unseen combinations"}
-    return names | {f"{headline}_novel": f"{shown}, unseen combinations"}
+    names = ours | dict(best_of_n="best of n")
+    for arm, label in labels.items():
+        names |= {arm: label, f"{arm}_greedy": f"{label}, greedy"}
+    return names
 
 # %% ../../nbs/11b_report.ipynb #table-text
-def cell_text(row: dict[str, float], column: str) -> str:
+def cell_text(row: dict, column: str) -> str:
     "A figure as the report prints it; CHAIR_i with half the width of its 95 % interval."
-    if column not in row:
+    value = row.get(column)
+    if value is None:
         return ""
-    text = f"{row[column]:.3f}" if row[column] < 1 else f"{row[column]:.2f}"
+    if isinstance(value, int):
+        return str(value)
+    text = f"{value:.3f}" if value < 1 else f"{value:.2f}"
     if column != "chair_i":
         return text
-    return f"{text} ± {(row['chair_i_high'] - row['chair_i_low']) / 2:.3f}"
+    low, high = row["intervals"][column]
+    return f"{text} ± {(high - low) / 2:.3f}"
 
 
-def table_rows(result: dict, names: dict[str, str]) -> list[list[str]]:
+def table_rows(result: dict, names: dict[str, str], short: bool = False) -> list[list[str]]:
     "The comparison as rows of text; columns that nobody knows are left out."
     rows = [(name, result[row]) for row, name in names.items() if row in result]
     columns = [column for column in COLUMNS if any(column in row for _, row in rows)]
-    head = ["", *(COLUMNS[column] for column in columns)]
+    head = ["", *(COLUMNS[column][short] for column in columns)]
     return [head, *([name, *(cell_text(row, c) for c in columns)] for name, row in rows)]
 
 
 def text_table(result: dict, names: dict[str, str]) -> str:
     "The comparison as plain text."
-    rows = table_rows(result, names)
+    rows = table_rows(result, names, short=True)
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for name, *cells in rows:
@@ -229,15 +239,17 @@ def html_card(found: Findings, i: int) -> str:
 
 # %% ../../nbs/11b_report.ipynb #html-3
 def html_notes(found: Findings) -> str:
-    "Figures of the reward model, and of yes/no questions."
+    "Figures of the reward model, and of the detector."
     known = found.result["reward_model"].items()
     notes = " · ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in known)
-    text, asked = f"<p>Reward model: {notes}</p>", []
-    for row, figures in found.result.get("pope", {}).items():
-        name = html.escape(found.names[row])
-        shares = f"accuracy {figures['accuracy']:.3f}, yes-rate {figures['yes_rate']:.3f}"
-        asked.append(f"{name}: {shares}")
-    return text + (f"<p>POPE, adversarial: {' · '.join(asked)}</p>" if asked else "")
+    text = f"<p>Reward model: {notes}</p>"
+    for split, figures in found.result.get("detector", {}).items():
+        said = []
+        for figure, kinds in figures.items():
+            shares = ", ".join(f"{kind} {value:.3f}" for kind, value in kinds.items())
+            said.append(f"{figure} {shares}")
+        text += f"<p>Detector, {html.escape(split)}: {' · '.join(said)}</p>"
+    return text
 
 
 def report_html(found: Findings, plots: dict[str, Figure], samples: int) -> str:
@@ -250,8 +262,8 @@ def report_html(found: Findings, plots: dict[str, Figure], samples: int) -> str:
     return f"""<!doctype html><meta charset=utf-8><title>vlmrlhf report</title>
 <style>{STYLE}</style>
 <h1>Before and after RLHF</h1>{html_table(found.result, found.names)}
-<p>± is half of a 95 % interval (bootstrap over pictures). KL in nats per answer; best of n: upper
-bound; greedy: −log π_ref(answer).</p>
+<p>± is half of a 95 % interval (bootstrap over pictures; the other intervals stand below). KL in
+nats per answer; best of n: upper bound; greedy: −log π_ref(answer). POPE: adversarial.</p>
 {html_notes(found)}
 <h2>What the models say (false words marked)</h2>{cards}{images}
 <h2>All figures</h2><pre>{figures}</pre>"""

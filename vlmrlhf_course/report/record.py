@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REPORT', 'plain_figures', 'curve', 'figures_digest', 'finished_report', 'report_files', 'begin_evaluation',
-           'refuse_foreign', 'reward_figures', 'training_curves', 'evaluation_plots', 'report_names', 'evaluate',
-           'write_report', 'before_evaluation']
+           'refuse_foreign', 'reward_figures', 'detector_figures', 'budget', 'training_curves', 'evaluation_plots',
+           'report_names', 'evaluate', 'write_report', 'before_evaluation']
 
 # %% ../../nbs/11c_record.ipynb #imports
 import io
@@ -121,6 +121,21 @@ def reward_figures(run: Run) -> dict[str, float]:
     return figures | {key: pairs[key] for key in ("kappa",) if key in pairs}
 
 
+def detector_figures(run: Run, cfg: EvaluateConfig) -> dict:
+    "Precision and recall of the detector that pays the arms' penalty; {} where none does."
+    used = {name: config_of(run, name) for name in cfg.arms}
+    paid = [c for c in used.values() if isinstance(c, RLConfig) and c.reward.get("penalty")]
+    if not paid:
+        return {}
+    info = run.info(paid[0].detector)
+    return dict(detector={split: info[split] for split in ("validation", "novel")})
+
+
+def budget(run: Run, arm: str) -> int:
+    "Iterations of an arm that samples; gradient steps of one that does not."
+    return len(read_jsonl(run.path(arm) / "metrics.jsonl"))
+
+
 def training_curves(run: Run, cfg: EvaluateConfig) -> dict[str, list[dict]]:
     "The metrics of the arms that sample answers (not DPO's). Raises UserError for a damaged log."
     names = dict.fromkeys([*cfg.arms, cfg.curve] if cfg.curve else cfg.arms)
@@ -144,7 +159,7 @@ def evaluation_plots(cfg: EvaluateConfig, curves: dict, result: dict) -> dict[st
 # %% ../../nbs/11c_record.ipynb #evaluate-2
 def report_names(run: Run, cfg: EvaluateConfig) -> dict[str, str]:
     "What the rows of a run's table are called."
-    return row_names({arm: label_of(run, arm) for arm in cfg.arms}, cfg.headline)
+    return row_names({arm: label_of(run, arm) for arm in cfg.arms})
 
 
 def evaluate(task: Task) -> dict:
@@ -154,7 +169,10 @@ def evaluate(task: Task) -> dict:
     begin_evaluation(run, task.uses)
     who = Policies(needed["sft"], needed["reward"], {a: needed[a] for a in cfg.arms}, cfg.headline)
     result, said, prompts = compare(who, run.source, cfg, run.seed)
-    result["reward_model"] = reward_figures(run)
+    for arm in cfg.arms:
+        for row in (arm, f"{arm}_greedy"):
+            result[row]["iterations"] = budget(run, arm)
+    result |= dict(reward_model=reward_figures(run)) | detector_figures(run, cfg)
     plain_figures()
     plots = evaluation_plots(cfg, curves, result)
     names, shown = report_names(run, cfg), ("sft", cfg.headline)

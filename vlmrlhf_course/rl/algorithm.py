@@ -32,6 +32,7 @@ class RLConfig:
 
     reward: dict[str, float] = field(default_factory=lambda: dict(rm=1.0))  # see chapter 9b
     reward_model: str = "reward"  # section of the reward model
+    detector: str = "detector"  # … and of the detector, where `penalty` is paid
     iterations: int = 56
     answers: int = 160  # sampled in each iteration, over all processes
     answers_per_prompt: int = 1  # several: fewer pictures, each read once for all of them

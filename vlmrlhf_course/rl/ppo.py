@@ -15,7 +15,7 @@ from ..base.stages import STAGES
 from ..model.batch import Batch
 from ..model.roles import ParamGroup, Role
 from ..model.vlm import masked_mean
-from .advantages import ValueHead, gae, token_rewards, whiten
+from .advantages import ValueHead, gae, potential_shaping, token_rewards, whiten
 from .algorithm import Algorithm, Experience, RLConfig, Reading
 from .kl import kl_estimate
 from .loop import rl_stage
@@ -58,7 +58,8 @@ class PPOConfig(RLConfig):
     "One PPO run: what every algorithm has, and a critic."
 
     critic: str = "head"  # on the reward model's states; or `adapter`: on a role of its own
-    dense: bool = True  # pay token scores at their tokens (potential-based: the sum is the same)
+    dense: bool = True  # pay token scores at their tokens: shaping, which leaves the order as it is
+    bootstrap: bool = False  # the critic's value stands for what an answer that was cut off lacks
     critic_lr: float = 4e-3
     value_clip: float = 0.5
     value_coef: float = 0.5
@@ -101,11 +102,16 @@ def experience(self: PPO, roll, reading: Reading, score, dense, beta: float, red
     batch, mask, cfg = roll.batch, roll.batch.answer_mask, self.cfg
     parts = ((batch.rows(g), reading.states[g]) for g in reading.groups)
     found = [self.values(b, s[:, : b.answers.shape[1] + 1]) for b, s in parts]
-    values = reading.whole(found, batch.answers.shape[1] + 1)[:, :-1]
-    early = dense if cfg.dense else torch.zeros_like(reading.ref)
+    values = reading.whole(found, batch.answers.shape[1] + 1)
+    last = values.gather(1, batch.lengths.unsqueeze(1)).squeeze(1)
+    after = torch.where(roll.ended, 0.0, last) if cfg.bootstrap else None
+    values = values[:, :-1]
     kl_cost = beta * kl_estimate(roll.logprobs, reading.ref, "k1")
-    rewards = early + token_rewards(score - early.sum(1), kl_cost, mask)
-    advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)
+    rewards = token_rewards(score, kl_cost, mask)
+    if cfg.dense:
+        earned = cfg.reward.get("rm", 0.0) * dense
+        rewards = rewards + potential_shaping(earned.cumsum(1) - earned, mask, cfg.gamma)
+    advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam, after)
     tokens = dict(logprobs=roll.logprobs, values=values, returns=returns)
     tokens["advantages"] = whiten(advantages, mask, reduce=reduce)
     states = reading.states if cfg.critic == "head" else None

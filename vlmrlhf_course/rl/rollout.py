@@ -206,16 +206,17 @@ def answer_figures(
 ) -> dict[str, float]:
     """What to watch in sampled answers, from what sampling kept: no further forward pass.
 
-    KL of an answer (mean, max) and of a token in nats (k3), length, share of different tokens,
+    KL of an answer (mean, spread, max) and of a token in nats (k1), length, share of different tokens,
     perplexity."""
     mask = roll.batch.answer_mask
-    kl = (kl_estimate(roll.logprobs, ref, "k3") * mask).sum(1)
+    kl = (kl_estimate(roll.logprobs, ref, "k1") * mask).sum(1)
     tokens = roll.batch.answers.masked_fill(~mask, -1).sort(1).values
     new = (tokens[:, 1:] != tokens[:, :-1]) & (tokens[:, 1:] >= 0)
     different = new.sum(1) + (tokens[:, 0] >= 0)
     lengths = mask.sum(1)
     return dict(
         kl=float(kl.mean()),
+        kl_std=float(kl.std(correction=0)),
         kl_max=float(kl.max()),
         kl_token=float(kl.sum() / mask.sum()),
         length=float(lengths.float().mean()),

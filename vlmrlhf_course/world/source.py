@@ -10,8 +10,8 @@ import random
 from typing import Callable
 from ..data.prompts import Prompt
 from ..model.vlm import VLM, answer
-from .hallucination import hallucinations, overall_rate, pope_questions
-from .judge import Verdict, judge, summarise
+from .hallucination import hallucinations, pope_questions
+from .judge import Verdict, figure_parts, judge, summarise
 from .pretrain import pretrained_vlm
 from .rubric import annotate, true_score
 from .scenes import Scene, WorldConfig, careless, make_prompt, sample_scenes
@@ -134,9 +134,8 @@ class DrawnWorld:
         scene = scene_of(prompt)
         return judge(text, scene) if scene else None
 
-    def summarise(self, verdicts: list[Verdict]) -> dict[str, float]:
-        figures = summarise(verdicts)
-        return figures | dict(overall=overall_rate(figures))
+    def parts(self, verdicts: list[Verdict]) -> dict[str, tuple[list[float], list[float]]]:
+        return figure_parts(verdicts)
 
     def quiz(self, prompts: list[Prompt]) -> list[Prompt]:
         return pope_questions([scene_of(p) for p in prompts], "adversarial")
