@@ -137,7 +137,7 @@ def balance(
 
 # %% ../../nbs/04b_preferences.ipynb #config
 def _usual_kinds() -> dict[str, float]:
-    return dict(detail=0.75, brief=0.13, exists=0.03, count=0.03, colour=0.03, relation=0.03)
+    return dict(detail=0.6, brief=0.1, exists=0.2, count=0.04, colour=0.03, relation=0.03)
 
 
 @dataclass(frozen=True)

@@ -33,14 +33,16 @@ class RLConfig:
     reward: dict[str, float] = field(default_factory=lambda: dict(rm=1.0))  # see chapter 9b
     reward_model: str = "reward"  # section of the reward model
     detector: str = "detector"  # … and of the detector, where `penalty` is paid
-    iterations: int = 56
+    iterations: int = 48
     answers: int = 160  # sampled in each iteration, over all processes
     answers_per_prompt: int = 1  # several: fewer pictures, each read once for all of them
     epochs: int = 3
     minibatch: int = 80
     micro_batch: int = 20  # answers that one process computes at once; these have like lengths
     pool: int = 2000  # prompts to draw from
-    kinds: dict[str, float] = field(default_factory=lambda: dict(detail=0.85, brief=0.15))
+    kinds: dict[str, float] = field(
+        default_factory=lambda: dict(detail=0.75, brief=0.1, exists=0.15)
+    )
     actor_lr: float = 1e-3
     clip: float = 0.2
     grad_clip: float = 1.0

@@ -190,7 +190,7 @@ def _lost_by_crop(said, scene, box):
         if noun in (there if kind == "size" else lost):
             out.append(f"{value} {noun}")
     out += [f"{a} {relation} {b}" for a, relation, b in said.relations if {a, b} & lost]
-    if lost and said.count is not None:
+    if lost and said.counts:
         out.append("count")
     return out
 
