@@ -126,7 +126,7 @@ class Library:
     def __init__(self, policy: PPO, rm: RewardModel, seed: int = 0):
         self.policy, self.rm, self.cfg, self.seed = policy, rm, policy.cfg, seed
         self.clock, self.returned = Clock(policy.vlm.device), {}
-        judges = Judges(rm, DrawnWorld(), self.cfg.penalty)
+        judges = Judges(rm, DrawnWorld(), self.cfg.penalty, DrawnWorld())
         self.scores = Scores(judges, self.cfg.reward, self.cfg.no_eos)
         self.learner = loop.Learner.of(policy, self.scores, "benchmark")
 

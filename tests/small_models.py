@@ -183,7 +183,7 @@ class World(DrawnWorld):
 
 def scores_of(rm, cfg):
     "The score that a configuration asks for."
-    return Scores(Judges(rm, World(), cfg.penalty), cfg.reward, cfg.no_eos)
+    return Scores(Judges(rm, World(), cfg.penalty, World()), cfg.reward, cfg.no_eos)
 
 
 def with_settings(policy, **changes):

@@ -19,7 +19,7 @@ from vlmrlhf_course.model.batch import pad_sides
 from vlmrlhf_course.model.vlm import answer, token_logprobs
 from vlmrlhf_course.rl.algorithm import Experience
 from vlmrlhf_course.rl.kl import grounded_mask
-from vlmrlhf_course.rl.loop import State, check_shares, minibatches, validate
+from vlmrlhf_course.rl.loop import RECOVERY, State, check_shares, minibatches, validate
 from vlmrlhf_course.rl.ppo import PPOConfig
 from vlmrlhf_course.rl.rollout import sample
 from vlmrlhf_course.train.fit import FitConfig, fit
@@ -35,9 +35,9 @@ def reference(cast, roll):
         return token_logprobs(logits, roll.batch.answers, roll.temperature)
 
 
-def k3(log_ratio):
+def k1(log_ratio):
     "The sum over each answer, in the mean; `log_ratio` is reference less policy, 0 at padding."
-    return float((log_ratio.exp() - 1 - log_ratio).sum(1).mean())
+    return float(-log_ratio.sum(1).mean())
 
 
 def test_token_scores_are_paid_once_and_scaled_like_the_reward(cast, roll):
@@ -60,7 +60,7 @@ def test_one_temperature_for_sampling_reference_and_ratio(cast):
     hot = sample(cast.vlm, cast.prompts, "actor", 0.6, max_new_tokens=6, seed=5)
     exp, info = experience(cast, hot)
     log_r = (reference(cast, hot) - hot.logprobs) * hot.batch.answer_mask
-    assert info["kl"] == pytest.approx(k3(log_r))
+    assert info["kl"] == pytest.approx(k1(log_r))
     _, metrics = loss_of(with_settings(cast.policy, temperature=0.6), exp, range(6))
     assert metrics["clipped"] == 0
     advantage = float(exp.tokens["advantages"][hot.batch.answer_mask].mean())
@@ -89,12 +89,11 @@ def test_ppo_loss_by_hand(cast, roll):
 def test_validation_is_the_score_less_the_cost_of_kl(cast):
     ppos = [with_settings(cast.policy, max_new_tokens=6, beta=beta) for beta in (0.0, 2.0)]
     scores = scores_of(cast.rm, ppos[0].cfg)
-    free, dear = (validate(ppo, scores, cast.prompts) for ppo in ppos)
+    free, dear = (validate(ppo, scores, cast.prompts)["validation"] for ppo in ppos)
     roll = sample(cast.vlm, cast.prompts, "actor", max_new_tokens=6, seed=1)
     log_r = (reference(cast, roll) - roll.logprobs) * roll.batch.answer_mask
     assert free == pytest.approx(float(scores(roll)[0].mean()))
-    assert free - dear == pytest.approx(2 * k3(log_r))
-    assert free > dear
+    assert free - dear == pytest.approx(2 * k1(log_r))
 
 
 def answers_of(lengths):
@@ -134,11 +133,32 @@ def test_emergency_and_controller():
 
     good = move()
     assert not state.after(1.0, cfg, control=False) and state.control.beta == 4.0
+    assert not state.after(1.0, cfg) and state.control.beta == 4.0  # it has never been at 6 nats
+    assert not state.after(6.5, cfg) and state.control.beta == 4.0
     assert not state.after(1.0, cfg) and state.control.beta == 3.0
     for lr, beta in ((0.1, 9.0), (0.01, 10.0)):
         move()
         assert state.after(10.1, cfg) and torch.equal(net.weight, good)
         assert (state.lr_scale, state.control.beta) == (pytest.approx(lr), pytest.approx(beta))
+
+
+def test_after_a_rollback_the_rate_comes_back_and_the_pull_stays():
+    "Over RECOVERY good iterations; in these β may rise and not fall, however low KL is."
+    cfg = PPOConfig(beta=0.2, kl_target=6.0, kl_emergency=10.0)
+    state = State(nn.Linear(2, 1), cfg)
+    state.after(7.0, cfg)
+    assert state.after(99.0, cfg) and state.lr_scale == pytest.approx(0.1)
+    pulled = state.control.beta
+    assert pulled == pytest.approx(0.6)
+    for done in range(1, RECOVERY + 1):
+        state.after(0.5, cfg)
+        assert state.control.beta == pulled
+        assert state.lr_scale == pytest.approx(0.1 * 10 ** (done / RECOVERY))
+    state.after(0.5, cfg)
+    assert state.control.beta == pytest.approx(0.75 * pulled) and state.lr_scale == 1.0
+    state.after(99.0, cfg)
+    state.after(9.5, cfg)
+    assert state.control.beta == pytest.approx(1.5 * 3 * 0.75 * pulled)  # too far still: it rises
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean", "attention"])

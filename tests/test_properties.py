@@ -162,7 +162,7 @@ def test_the_penalty_lowers_the_score_of_a_false_answer(cast, reward):
 
 def test_a_truth_that_nobody_knows_cannot_be_paid(cast, roll):
     "It is no zero: neither in the score nor in the figures. The penalty then judges nothing."
-    judges = Judges(cast.rm, DrawnWorld(), PPOConfig().penalty)
+    judges = Judges(cast.rm, DrawnWorld(), PPOConfig().penalty, DrawnWorld())
     with pytest.raises(UserError, match="reward truth: nothing is known about None"):
         Scores(judges, PAID["gold"])(roll)
     got, info = Scores(judges, PAID["rm+penalty"])(roll)
@@ -177,7 +177,7 @@ def test_a_penalty_that_nobody_can_judge_is_refused(cast, roll):
     source = DrawnWorld()
     source.judge = lambda prompt, text: None
     with pytest.raises(UserError, match="reward penalty: the source can judge no answer"):
-        Scores(Judges(cast.rm, source, PPOConfig().penalty), PAID["rm+penalty"])(roll)
+        Scores(Judges(cast.rm, source, PPOConfig().penalty, source), PAID["rm+penalty"])(roll)
 
 
 @pytest.mark.parametrize("reward", ["rm", "rm+penalty"])

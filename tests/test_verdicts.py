@@ -120,7 +120,17 @@ def test_any_text_can_be_judged(text):
     [
         ("a boat on a cat .", "false_relations", (("boat", "on", "cat"),)),
         ("a cat on a boat .", "true_relations", (("cat", "on", "boat"),)),
-        ("a cat and a kite and a cat .", "false_objects", ("cat",)),
+        ("a cat and a kite and a cat .", "false_objects", ()),
+        ("a cat and a kite and a cat .", "repeats", ("cat",)),
+        ("a fish and a fish .", "false_objects", ("fish", "fish")),
+        ("a fish and a fish .", "repeats", ()),
+        ("a blue boat . the boat is large .", "true_objects", ("boat",)),
+        ("a blue boat . the boat is large .", "repeats", ()),
+        ("the boat is small .", "false_attributes", (("boat", "size", "small"),)),
+        ("a boat . the cat is on the boat .", "true_relations", (("cat", "on", "boat"),)),
+        ("a boat is red and a cat .", "false_attributes", (("boat", "colour", "red"),)),
+        ("there are three things . there are four things .", "count_right", False),
+        ("there are three things . there are three things .", "count_right", True),
         ("a red fish on a boat .", "false_attributes", ()),
         ("a red fish on a boat .", "false_relations", ()),
         ("a large green boat .", "false_attributes", (("boat", "colour", "green"),)),
@@ -130,8 +140,8 @@ def test_any_text_can_be_judged(text):
     ],
 )
 def test_judge(text, field, want):
-    """`on` has a direction, naming a thing twice claims a second
-    one, what is said about absent things is not judged again."""
+    """`on` has a direction, a thing that is there may be named again, what is said about absent
+    things is not judged again, and who hedges is wrong."""
     assert getattr(judge(text, SCENE), field) == want
 
 
@@ -150,6 +160,12 @@ def test_summary_of_the_example():
     assert s["attribute_error"] == pytest.approx(1 / 10)
     assert s["relation_error"] == 0
     assert summarise([])["recall"] == 0
+
+
+def test_repeats_are_true_mentions():
+    "As in Rohrbach et al. 2018: they stand in the denominator; and have a figure of their own."
+    s = summarise([judge("a cat , a cat , a cat and a fish .", SCENE)])
+    assert (s["chair_i"], s["repeats"], s["recall"]) == (1 / 4, 2 / 4, 1 / 3)
 
 
 def test_splits():
