@@ -14,11 +14,11 @@ from fastcore.basics import patch
 from torch import nn
 from ..base.config import check_choices, check_mixture, check_ranges
 from ..base.settings import nearest
-from ..data.prompts import KINDS
+from ..data.prompts import KINDS, Prompt
 from ..model.batch import Batch
 from ..model.roles import LoRAConfig, ParamGroup, merged
 from ..model.vlm import token_logprobs
-from .kl import CONTROLLERS
+from .kl import CONTROLLERS, full_kl
 from .penalty import PenaltyConfig
 from .rewards import REWARDS
 from .rollout import Rollout, length_groups
@@ -45,6 +45,7 @@ class RLConfig:
     )
     actor_lr: float = 1e-3
     clip: float = 0.2
+    anchor: float = 0.0  # weight of KL on what is not asked here, against forgetting it
     grad_clip: float = 1.0
     temperature: float = 1.0  # of sampling, and of the ratio
     max_new_tokens: int = 72
@@ -84,7 +85,7 @@ def check_rl(cfg: RLConfig):
     check_choices(cfg, schedule=("phases", "cosine"), keep=("best", "last"))
     check_ranges(cfg, **dict.fromkeys(COUNTS, "[1, inf)"), **dict.fromkeys(POSITIVE, "(0, inf)"))
     check_ranges(cfg, clip="(0, 1)", warmup="[0, 1]", finish="[0, 1]", no_eos="(-inf, inf)")
-    check_ranges(cfg, actor_lr="[0, inf)", beta="[0, inf)")
+    check_ranges(cfg, actor_lr="[0, inf)", beta="[0, inf)", anchor="[0, inf)")
     check_mixture(cfg, kinds=tuple(k for k in KINDS if k != "text"))  # planned by pictures
     check_reward(cfg.reward)
     k = cfg.answers_per_prompt
@@ -154,6 +155,7 @@ class Experience:
     tokens: dict[str, torch.Tensor]  # name → (B, A)
     states: torch.Tensor | None = None  # (B, A+1, H) for a critic that reads the reward model's
     beta: float = 0.0  # of a KL term in the loss
+    remember: tuple[Prompt, ...] = ()  # demonstrations; the i-th goes where answer i goes
 
     def rows(self, index: torch.Tensor):
         "Some of its answers, without padding that none of them needs."
@@ -212,7 +214,10 @@ def learn(self: Algorithm):
 
 @patch
 def collate(self: Algorithm, items: list[tuple[Experience, int]]) -> Experience:
-    return items[0][0].rows(torch.tensor([row for _, row in items]))
+    exp, rows = items[0][0], [row for _, row in items]
+    part = exp.rows(torch.tensor(rows))
+    part.remember = tuple(exp.remember[row] for row in rows if row < len(exp.remember))
+    return part
 
 
 @patch
@@ -223,7 +228,23 @@ def count(self: Algorithm, exp: Experience) -> int:
 
 @patch
 def forward(self: Algorithm, exp: Experience):
-    return self.loss(exp)
+    loss, metrics = self.loss(exp)
+    if exp.remember:
+        forgotten = self.cfg.anchor * self.forgotten(exp.remember)
+        metrics["anchor"] = float(forgotten.detach() / self.count(exp))
+        loss = loss + forgotten
+    return loss, metrics
+
+
+@patch
+def forgotten(self: Algorithm, prompts: tuple[Prompt, ...]) -> torch.Tensor:
+    """KL[reference‖policy] over the answer tokens of demonstrations, summed: how far the policy has
+    moved where nobody asks it. Source: Li & Hoiem 2016 (learning without forgetting)."""
+    batch = self.vlm.batch(list(prompts), [p.answer for p in prompts])
+    logits = self.vlm.rule_out(self.vlm.answer_logits(batch, self.actor.name))
+    with torch.no_grad():
+        before = self.vlm.rule_out(self.vlm.answer_logits(batch))
+    return (full_kl(logits, before, "ref||policy") * batch.answer_mask).sum()
 
 # %% ../../nbs/09c_algorithm.ipynb #phase
 def phase(step: int, cfg: RLConfig) -> tuple[str, float, float]:

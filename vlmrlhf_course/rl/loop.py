@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['MAX_EMERGENCIES', 'RECOVERY', 'KEPT', 'collect', 'token_parts', 'State', 'validate', 'pair_agreement', 'check_shares',
-           'ask', 'minibatches', 'Learner', 'update', 'iteration', 'train', 'scores_of', 'make_policy', 'load_policy',
-           'rl_stage']
+           'ask', 'minibatches', 'Learner', 'update', 'iteration', 'train', 'scores_of', 'kept_in_mind', 'make_policy',
+           'load_policy', 'rl_stage']
 
 # %% ../../nbs/10b_loop.ipynb #imports
 import math
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Callable
 import torch
 from accelerate import Accelerator
 from fastcore.basics import patch
@@ -21,7 +22,7 @@ from ..base.launch import make_accelerator
 from ..base.metrics import MetricLog, StepGuard, mean_of, progress, seed_of
 from ..base.records import digest_of
 from ..base.settings import UserError, notice
-from ..base.stages import Stage, Task
+from ..base.stages import Stage, Task, config_of
 from ..data.prompts import Prompt
 from ..model.roles import ParamGroup, make_optimizer, set_rates
 from ..model.vlm import Speaker, token_logprobs
@@ -236,9 +237,10 @@ class Learner:
     groups: list[ParamGroup]
     state: State
     guard: StepGuard
+    demonstrations: Callable[[int], list[Prompt]] = lambda step: []  # step → what to remember
 
     @classmethod
-    def of(cls, algorithm: Algorithm, scores: Scores, text: str):
+    def of(cls, algorithm: Algorithm, scores: Scores, text: str, **more):
         "Prepare an algorithm to train its roles, and nothing else; `text` names it in messages."
         algorithm.learn()
         accelerator, groups = make_accelerator(), algorithm.groups()
@@ -248,7 +250,8 @@ class Learner:
         task, optimizer = accelerator.prepare(algorithm, optimizer)
         state = State(algorithm, algorithm.cfg)
         guard = StepGuard(accelerator, text)
-        return cls(algorithm, scores, accelerator, task, optimizer, groups, state, guard)
+        parts = (algorithm, scores, accelerator, task, optimizer, groups, state, guard)
+        return cls(*parts, **more)
 
     @property
     def share(self) -> tuple[int, int]:
@@ -270,7 +273,9 @@ def update(learner: Learner, exp: Experience, rows: list[int], step: int) -> dic
     cfg, accelerator = learner.algorithm.cfg, learner.accelerator
     items = [(exp, row) for row in rows]
     loss, metrics = backward_through(learner.task, items, cfg.at_once, accelerator, shard=False)
-    norm = float(accelerator.clip_grad_norm_(learner.state.params, cfg.grad_clip))
+    # Each group by itself: a critic that is far off must not slow the actor down.
+    norms = [accelerator.clip_grad_norm_(g.params, cfg.grad_clip) for g in learner.groups]
+    norm = float(torch.stack(norms).norm())
     taken = learner.guard(step, loss, norm)
     if taken:
         learner.optimizer.step()
@@ -301,6 +306,7 @@ def iteration(learner: Learner, prompts: list[Prompt], step: int, seed: int = 0)
     if emergency:
         learner.optimizer.state.clear()  # Adam's moments point where the weights came from
     else:
+        exp.remember = tuple(learner.demonstrations(step)[rank::processes])
         for rows in minibatches(exp, cfg, f"{seed}/{step}", processes):
             updates.append(update(learner, exp, rows, step))
     taken = [metrics for metrics in updates if metrics]
@@ -317,10 +323,12 @@ def train(
     folder: Path,  # for checkpoints and metrics
     seed: int = 0,
     pairs: list[dict] = (),  # validation pairs: which policy is best
+    demonstrations: Callable = lambda step: [],  # step → prompts with answers: see `RLConfig.anchor`
     observers: tuple = (),  # each is called after an iteration: (step, **its figures)
 ) -> State:
     "Any algorithm, from its last checkpoint in `folder` to its best (or last) policy."
-    cfg, learner = algorithm.cfg, Learner.of(algorithm, scores, folder.name)
+    more = dict(demonstrations=demonstrations)
+    cfg, learner = algorithm.cfg, Learner.of(algorithm, scores, folder.name, **more)
     state, accelerator = learner.state, learner.accelerator
     of = digest_of(["rl", folder.name, seed, asdict(cfg), [(p.image, p.text) for p in prompts]])
     kept = (state, learner.guard)
@@ -353,6 +361,19 @@ def scores_of(task: Task) -> Scores:
     return Scores(judges, cfg.reward, cfg.no_eos)
 
 
+def kept_in_mind(task: Task) -> Callable[[int], list[Prompt]]:
+    "SFT's demonstrations of the kinds that the arm does not ask: one for every fourth answer."
+    cfg, run = task.cfg, task.run
+    if not cfg.anchor:
+        return lambda step: []
+    sft = config_of(run, "sft")
+    kinds = {kind: share for kind, share in sft.kinds.items() if kind not in cfg.kinds}
+    if not any(kinds.values()):
+        raise UserError(f"{task.name}.anchor: every kind of SFT's is asked already; leave it out")
+    language = replace(sft.language, batch=max(1, cfg.answers // 4))
+    return run.source.demonstrations(replace(sft, kinds=kinds, language=language), run.seed, False)
+
+
 def make_policy(task: Task, algorithm: Algorithm) -> dict:
     "Train an arm, and save its actor."
     run, cfg, source = task.run, task.cfg, task.run.source
@@ -360,7 +381,8 @@ def make_policy(task: Task, algorithm: Algorithm) -> dict:
     validation = source.prompts("validation", 128, cfg.kinds, f"ppo/{run.seed}")
     pairs = task.needed["preferences"][1][:256]
     scores = scores_of(task)
-    state = train(algorithm, scores, prompts, validation, task.folder, run.seed, pairs)
+    known = dict(pairs=pairs, demonstrations=kept_in_mind(task))
+    state = train(algorithm, scores, prompts, validation, task.folder, run.seed, **known)
     save_tensors(algorithm.actor.state(), task.folder / "actor.safetensors", task.of)
     best = state.best if math.isfinite(state.best) else None  # no validation was a number
     return dict(emergencies=state.emergencies, best=best)

@@ -42,15 +42,18 @@ def value_loss(
     old_values: torch.Tensor,  # (B, A) when sampled
     returns: torch.Tensor,  # (B, A)
     mask: torch.Tensor,  # (B, A)
-    clip: float = 0.2,  # values may move this far in one iteration
+    clip: float = 0.0,  # values may move this far in one iteration; 0: as far as they like
 ) -> torch.Tensor:  # scalar: the SUM over real tokens
     """Clipped squared error of the critic, halved.
 
     Source: the code of OpenAI's baselines (ppo2) and of Ziegler et al. 2019; in no paper's formula.
     Andrychowicz et al. 2021 found that the clip harms in control tasks."""
     old, target = old_values.detach(), returns.detach()
-    near = old + (values - old).clamp(-clip, clip)
-    return 0.5 * (torch.maximum((values - target) ** 2, (near - target) ** 2) * mask).sum()
+    missed = (values - target) ** 2
+    if clip:
+        near = old + (values - old).clamp(-clip, clip)
+        missed = torch.maximum(missed, (near - target) ** 2)
+    return 0.5 * (missed * mask).sum()
 
 # %% ../../nbs/10_ppo.ipynb #config
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class PPOConfig(RLConfig):
     dense: bool = True  # pay token scores at their tokens: shaping, which leaves the order as it is
     bootstrap: bool = False  # the critic's value stands for what an answer that was cut off lacks
     critic_lr: float = 4e-3
-    value_clip: float = 0.5
+    value_clip: float = 0.0  # off: it helps nobody, and a critic that is far off it holds back
     value_coef: float = 0.5
     gamma: float = 1.0
     lam: float = 0.95
@@ -69,7 +72,7 @@ class PPOConfig(RLConfig):
     def __post_init__(self):
         super().__post_init__()
         check_choices(self, critic=("head", "adapter"))
-        check_ranges(self, gamma="(0, 1]", lam="[0, 1]", value_clip="(0, inf)")
+        check_ranges(self, gamma="(0, 1]", lam="[0, 1]", value_clip="[0, inf)")
         check_ranges(self, critic_lr="[0, inf)", value_coef="[0, inf)")
 
 # %% ../../nbs/10_ppo.ipynb #actor
