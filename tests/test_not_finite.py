@@ -13,7 +13,7 @@ from vlmrlhf_course.model.vlm import VLM
 from vlmrlhf_course.report import evaluate as evaluate_module
 from vlmrlhf_course.report.page import Findings, before_after_figure
 from vlmrlhf_course.report.record import curve
-from vlmrlhf_course.rl import rollout
+from vlmrlhf_course.rl import loop, rollout
 from vlmrlhf_course.rl.loop import train
 from vlmrlhf_course.world.llava import build_model, build_processor
 from vlmrlhf_course.world.scenes import describe
@@ -75,6 +75,32 @@ def test_never_finite_ends_with_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(rollout, "sample", never)
     with pytest.raises(UserError, match="KL nan was not below kl_emergency"):
         train(policy, scores, pool, pool[:2], tmp_path / "ppo")
+
+
+def never_validated(monkeypatch):
+    "Answers can be sampled to learn from, and not to validate."
+    once = loop.try_sample
+
+    def sometimes(*args, reduce=None):
+        return once(*args, reduce=reduce) if reduce else None
+
+    monkeypatch.setattr(loop, "try_sample", sometimes)
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_the_sft_model_is_not_a_result(tmp_path, monkeypatch, keep):
+    "No validation was a number, and the weights are those of the beginning: no policy to keep."
+    rates = dict(actor_lr=0.0, critic_lr=0.0) if keep == "last" else {}
+    policy, scores, pool = small(keep=keep, **rates)
+    never_validated(monkeypatch)
+    with pytest.raises(UserError, match="ppo: no validation was a number.*actor_lr"):
+        train(policy, scores, pool, pool[:2], tmp_path / "ppo")
+
+
+def test_what_was_learned_last_is_a_result_without_a_validation(tmp_path, monkeypatch):
+    policy, scores, pool = small(keep="last")
+    never_validated(monkeypatch)
+    assert not math.isfinite(train(policy, scores, pool, pool[:2], tmp_path / "ppo").best)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_EMERGENCIES', 'KEPT', 'collect', 'token_parts', 'State', 'validate', 'check_shares', 'ask', 'minibatches',
-           'Learner', 'update', 'iteration', 'train', 'scores_of', 'make_policy', 'load_policy', 'rl_stage']
+           'Learner', 'update', 'iteration', 'train', 'check_learned', 'scores_of', 'make_policy', 'load_policy',
+           'rl_stage']
 
 # %% ../../nbs/10b_loop.ipynb #imports
 import math
@@ -289,8 +290,20 @@ def train(
 
     if cfg.keep == "best":
         state.restore(state.best_weights)
+    check_learned(state, folder)
     log.close()  # the checkpoints go when the result is on the disk: `Run.finish`
     return state
+
+# %% ../../nbs/10b_loop.ipynb #loop-check
+def check_learned(state: State, folder: Path):
+    "Raise UserError where the result is the SFT model: no validation was ever a number."
+    pairs = zip(state.params, state.best_weights)  # without a best one these are the first weights
+    if not math.isfinite(state.best) and all(torch.equal(p, w) for p, w in pairs):
+        raise UserError(
+            f"{folder}: no validation was a number, so there is no best policy, and the weights are"
+            " those of the beginning: lower actor_lr, or validate more often (eval_every), and"
+            " delete that folder"
+        )
 
 # %% ../../nbs/10b_loop.ipynb #stage
 def scores_of(task: Task) -> Scores:
