@@ -628,6 +628,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'vlmrlhf_course/model/roles.py'),
                                             'vlmrlhf_course.model.roles.Roles.parts': ( 'roles.html#roles.parts',
                                                                                         'vlmrlhf_course/model/roles.py'),
+                                            'vlmrlhf_course.model.roles.Roles.role': ( 'roles.html#roles.role',
+                                                                                       'vlmrlhf_course/model/roles.py'),
                                             'vlmrlhf_course.model.roles.Roles.speaking': ( 'roles.html#roles.speaking',
                                                                                            'vlmrlhf_course/model/roles.py'),
                                             'vlmrlhf_course.model.roles._add_adapter': ( 'roles.html#_add_adapter',
