@@ -137,12 +137,39 @@ class TestTable:
         cfg = config_of(run, "mine")
         assert type(cfg) is STAGES["ppo"].config
         assert (cfg.clip, cfg.beta, cfg.reward) == (0.1, 0.5, dict(rm=1.0, penalty=1.0))
-        assert run.used["mine"] == asdict(cfg)
+        assert run.used["mine"] == asdict(cfg) | dict(kind="ppo")
         assert label_of(run, "mine") == "mine" and label_of(run, "dpo") == "DPO"
         run.layers["evaluate"] |= dict(arms=["mine"], headline="mine", curve="")
         assert before(run, "evaluate") == ["sft", "preferences", "reward", "mine"]
         assert {"mine", "reward", "sft"} <= uses_of(run, "evaluate").keys()
         assert "ppo" not in uses_of(run, "evaluate")
+
+    def test_a_record_knows_the_kind_of_an_arm(self, tmp_path, monkeypatch):
+        "Two algorithms with the same settings: the one's actor is not the other's."
+        monkeypatch.setitem(STAGES, "twin", STAGES["rloo"])
+
+        def uses(name, kind):
+            return uses_of(Run(tmp_path, layers=dict(same=dict(kind=kind))), name)
+
+        assert uses("same", "rloo")["same"]["kind"] == "rloo"
+        assert uses("same", "rloo") != uses("same", "twin")
+        assert uses("rloo", "twin") == uses("rloo", "rloo"), (
+            "of another arm, which it does not need"
+        )
+        run = Run(tmp_path, "smoke")
+        small = Run(
+            tmp_path, "smoke", ["reward_small.kind=reward", "ppo.reward_model=reward_small"]
+        )
+        assert "kind" not in uses_of(run, "ppo")["ppo"]
+        assert uses_of(small, "ppo")["reward_small"]["kind"] == "reward"
+
+    def test_another_kind_is_not_continued(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(STAGES, "twin", STAGES["rloo"])
+        folder = tmp_path / "same"
+        run, other = (Run(tmp_path, layers=dict(same=dict(kind=kind))) for kind in ("rloo", "twin"))
+        assert not run.done("same", uses_of(run, "same"))
+        with pytest.raises(UserError, match=f"{folder}: made with other settings .same.kind."):
+            other.done("same", uses_of(other, "same"))
 
 
 class TestConfig:

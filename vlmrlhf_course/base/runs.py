@@ -55,7 +55,9 @@ class Run:
         values = {**(self.layers.get(base) or {}), **(self.layers.get(name) or {})}
         values = {key: value for key, value in values.items() if key not in META}
         cfg = build_config(cls, values, name)
-        self.used[name] = asdict(cfg) | self.edits(name)
+        # Two kinds may have the same settings, and are not the same.
+        kind = {} if base in (None, name) else dict(kind=base)
+        self.used[name] = asdict(cfg) | kind | self.edits(name)
         return cfg
 
     def path(self, stage: str) -> Path:
@@ -293,6 +295,6 @@ def cached_run(scale: str = "lesson", **kwargs) -> Run:
     parts = sorted(str(p) for p in pretrained.rglob("*.safetensors"))
     # New pretrained parts, new artefacts.
     made_of = [hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in parts]
-    decisive = [version("vlmrlhf_course"), "rooms", made_of, load_layers(scale), kwargs]
+    decisive = [version("vlmrlhf_course"), "kinds", made_of, load_layers(scale), kwargs]
     text = json.dumps(decisive, sort_keys=True, default=str)
     return Run(base / f"{scale}-{hashlib.sha256(text.encode()).hexdigest()[:8]}", scale, **kwargs)

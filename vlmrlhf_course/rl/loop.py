@@ -270,7 +270,8 @@ def train(
     "Any algorithm, from its last checkpoint in `folder` to its best (or last) policy."
     cfg, learner = algorithm.cfg, Learner.of(algorithm, scores, folder.name)
     state, accelerator = learner.state, learner.accelerator
-    of = digest_of(["rl", folder.name, seed, asdict(cfg), [(p.image, p.text) for p in prompts]])
+    what = ["rl", type(algorithm).__name__, folder.name, seed, asdict(cfg)]
+    of = digest_of([*what, [(p.image, p.text) for p in prompts]])
     kept = (state, learner.guard)
     saved = Checkpoints(folder / "checkpoints", accelerator, objects=kept, of=of)
     start = saved.load()
