@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from .checkpoints import clear_checkpoints
-from .config import build_config, load_layers
+from .config import build_config, load_layers, merge_sections
 from .files import MANIFEST, added, changed, damage, sweep, write_known
 from .files import write_text
 from .folders import RUN, agrees, claim, has_record, lock, locked, only_log
@@ -52,7 +52,7 @@ class Run:
 
     def section(self, name: str, cls: type, base: str | None = None):
         "The configuration of a section; what it does not say it inherits from section `base`."
-        values = {**(self.layers.get(base) or {}), **(self.layers.get(name) or {})}
+        values = merge_sections(self.layers.get(base) or {}, self.layers.get(name) or {})
         values = {key: value for key, value in values.items() if key not in META}
         cfg = build_config(cls, values, name)
         # Two kinds may have the same settings, and are not the same.
