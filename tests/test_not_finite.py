@@ -1,6 +1,8 @@
 """Weights and figures that are no numbers: noticed, rolled back, or said in a line."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from vlmrlhf_course.base.records import read_jsonl
 from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.model.vlm import VLM
 from vlmrlhf_course.report import evaluate as evaluate_module
-from vlmrlhf_course.report.page import Findings, before_after_figure
+from vlmrlhf_course.report.page import Findings, before_after_figure, html_card, picture_of
 from vlmrlhf_course.report.record import curve
 from vlmrlhf_course.rl import loop, rollout
 from vlmrlhf_course.rl.loop import train
@@ -131,3 +133,26 @@ def test_nothing_false_to_show():
     assert found([]).worst(3) == []
     before_after_figure(found([describe(SCENE)]), [0])
     assert found([describe(SCENE), "a blue fish ."]).worst(3) == [1]
+
+
+def test_answers_without_marks_stay_in_the_report():
+    "A source that cannot mark says so with []; the words are there, and none of them is red."
+    for marks in ([], None, [True], [True] * 99):
+        source = SimpleNamespace(mark=lambda prompt, text: marks)
+        unmarked = replace(found(["a blue fish ."]), source=source)
+        unmarked.worst(3)
+        page = html_card(unmarked, 0)
+        assert page.count("fish") == 2 and page.count("<mark>a</mark>") == 2 * bool(marks)
+        written = [text.get_text() for text in before_after_figure(unmarked, [0]).axes[1].texts]
+        assert written.count("fish") == 2
+
+
+@pytest.mark.parametrize("image", [(f"scene:{SCENE}", "blank"), ("blank",), None])
+def test_prompts_with_several_pictures_or_none(image):
+    several = found(["a cat ."])
+    several.source = SimpleNamespace(mark=lambda prompt, text: [])
+    several.prompts = [replace(several.prompts[0], image=image)]
+    assert "data:image/png" in html_card(several, 0)
+    before_after_figure(several, [0])
+    wide = 288 * max(1, len(image or ()))
+    assert picture_of(several.prompts[0]).size == (wide, 288)
