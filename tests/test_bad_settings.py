@@ -162,7 +162,7 @@ def test_command_line(capsys, tmp_path, argv, words):
         ("sft.projector=[]", ["--set", "sft.projector"]),
         ("sft.language=[1,[2,3]]", ["--set", "sft.language"]),
         ("ppo.penalty.count_power=1e4", ["count_power=10000"]),
-        ("ppo.penalty.count=5", ["penalty", "count=5", "(-inf, 0]"]),
+        ("ppo.penalty.count=5", ["ppo: count=5", "(-inf, 0]"]),
         ("ppo.penalty.place=0.1", ["place=0.1", "(-inf, 0]"]),
         ("ppo.iterations=2.5", ["ppo", "2.5"]),
     ],

@@ -160,6 +160,17 @@ def build_config(
         raise UserError(f"{section}: {said[0]}") from None
 
 
+def _check_keys(cls, values, section):
+    known = {f.name for f in fields(cls)}
+    for key in values:
+        if key not in known:
+            keys = f"keys are {', '.join(sorted(known))}"
+            raise UserError(f"unknown key {section}.{key}{nearest(key, known)}; {keys}")
+        if values[key] == {}:
+            remedy = "leave it out for the defaults, or name its keys and values"
+            raise UserError(f"{section}.{key} is empty: {remedy}")
+
+# %% ../../nbs/94b_config.ipynb #build-weights
 def _with_weights(cls, values: dict) -> dict:
     "Values whose single weights (`reward.truth`) stand in the mixtures that they change."
     single = [key for key in values if key.partition(".")[0] in MIXTURES and "." in key]
@@ -170,17 +181,6 @@ def _with_weights(cls, values: dict) -> dict:
         if isinstance(below, dict):  # else it is refused by its type
             whole[mixture] = {**below, name: values[key]}
     return whole
-
-
-def _check_keys(cls, values, section):
-    known = {f.name for f in fields(cls)}
-    for key in values:
-        if key not in known:
-            keys = f"keys are {', '.join(sorted(known))}"
-            raise UserError(f"unknown key {section}.{key}{nearest(key, known)}; {keys}")
-        if values[key] == {}:
-            remedy = "leave it out for the defaults, or name its keys and values"
-            raise UserError(f"{section}.{key} is empty: {remedy}")
 
 # %% ../../nbs/94b_config.ipynb #build-2
 MOST, LEAST, MOST_COUNT = 1e9, 1e-9, 10**9  # beyond these, nothing can be computed with a setting

@@ -46,17 +46,15 @@ class Run:
         self.source, self.kept = None, {}  # where data comes from; results that are loaded
         self.cost = dict  # () → what a report says besides: what the run has cost
         self.layers = load_layers(scale, overrides) if layers is None else layers
-        self.used = {"seed": seed}
-        if around := environment():
-            self.used["environment"] = around
+        around = environment()
+        self.used = {"seed": seed} | ({"environment": around} if around else {})
 
     def section(self, name: str, cls: type, base: str | None = None):
         "The configuration of a section; what it does not say it inherits from section `base`."
         values = merge_sections(self.layers.get(base) or {}, self.layers.get(name) or {})
         values = {key: value for key, value in values.items() if key not in META}
         cfg = build_config(cls, values, name)
-        # Two kinds may have the same settings, and are not the same.
-        kind = {} if base in (None, name) else dict(kind=base)
+        kind = {} if base in (None, name) else dict(kind=base)  # two may have the same settings
         self.used[name] = asdict(cfg) | kind | self.edits(name)
         return cfg
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['similarity', 'dedupe', 'most_diverse', 'cohen_kappa', 'fleiss_kappa', 'pairwise_votes', 'ranking_pairs', 'balance',
-           'PreferencesConfig', 'sample_candidates', 'pair_rows', 'make_preferences', 'given_pairs', 'agreement',
-           'ranked_pairs', 'load_preferences', 'length_bias']
+           'PreferencesConfig', 'sample_candidates', 'pair_rows', 'make_preferences', 'agreement', 'ranked_pairs',
+           'given_pairs', 'load_preferences', 'length_bias']
 
 # %% ../../nbs/04b_preferences.ipynb #imports
 import itertools
@@ -209,15 +209,6 @@ def make_preferences(task: Task, built) -> dict:
     return info
 
 
-def given_pairs(task: Task, split: str) -> list[dict] | None:
-    "The source's own pairs, checked; None where it has none."
-    source = task.run.source
-    pairs = source.pairs(split)
-    if pairs is None:
-        return None
-    return check_given(pairs, split, type(source).__name__, task.needed["sft"])
-
-
 def agreement(task: Task, split: str, rows: list[dict]) -> dict[str, float]:
     "How far annotators agree, and how many answers they had. Raises UserError for none to rank."
     votes = [vote for row in rows for vote in pairwise_votes(row["rankings"])]
@@ -241,6 +232,15 @@ def ranked_pairs(task: Task, split: str, n: int) -> tuple[list[dict], list[dict]
     rows = run.source.rank(prompts, candidates, cfg, run.seed)
     pairs = pair_rows(rows, cfg.min_gap)
     return rows, balance(pairs, most=cfg.balance) if cfg.balance else pairs
+
+# %% ../../nbs/04b_preferences.ipynb #stage-given
+def given_pairs(task: Task, split: str) -> list[dict] | None:
+    "The source's own pairs, checked; None where it has none."
+    source = task.run.source
+    pairs = source.pairs(split)
+    if pairs is None:
+        return None
+    return check_given(pairs, split, type(source).__name__, task.needed["sft"])
 
 # %% ../../nbs/04b_preferences.ipynb #stage-load
 def load_preferences(task: Task, built) -> tuple[list[dict], list[dict]]:

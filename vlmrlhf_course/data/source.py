@@ -37,7 +37,7 @@ class Source(Protocol):
         "The true score of an answer, from 0 to 10; None where nobody knows it."
 
     def judge(self, prompt: Prompt, text: str):
-        "`Counts` of false claims (`Verdict`, with `mentions`, has more); None where nobody can tell."
+        "`Counts` of false claims (a `Verdict` has `mentions`, too); None where nobody can tell."
 
     def summarise(self, verdicts: list) -> dict[str, float]:
         "Figures over many verdicts."
