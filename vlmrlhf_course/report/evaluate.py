@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['BESIDES', 'OTHERS', 'Voice', 'NOVEL', 'bootstrap_interval', 'EvaluateConfig', 'true_figures_of', 'figures', 'speak',
-           'speak_greedily', 'best_of_n', 'quiz_figures', 'quiz', 'Policies', 'voices', 'quizzed', 'compare']
+           'speak_greedily', 'best_of_n', 'says_yes', 'quiz_figures', 'quiz', 'Policies', 'voices', 'quizzed',
+           'compare']
 
 # %% ../../nbs/11_evaluate.ipynb #imports
 import math
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Callable
@@ -15,7 +17,7 @@ import torch
 from ..base.config import check_ranges
 from ..base.metrics import progress, seed_of
 from ..base.settings import UserError
-from ..data.prompts import Prompt
+from ..data.prompts import Prompt, references
 from ..data.source import Source
 from ..model.vlm import Speaker, VLM, answer, token_logprobs
 from ..rl.kl import full_kl
@@ -150,11 +152,16 @@ def best_of_n(
     return best, math.log(n) - (n - 1) / n
 
 # %% ../../nbs/11_evaluate.ipynb #quiz
+def says_yes(text: str) -> bool:
+    "Is the first word `yes`, however it is written?"
+    return bool(re.match(r"\W*yes\b", text, re.IGNORECASE))
+
+
 def quiz_figures(questions: list[Prompt], replies: list[str]) -> dict[str, float]:
     """Accuracy, precision, recall, F1 and yes-rate of answers to yes/no questions, whose own
     answers begin with yes or no. Source: Li et al. 2023 (POPE)."""
-    said = [reply.lower().startswith("yes") for reply in replies]
-    true = [q.answer.lower().startswith("yes") for q in questions]
+    said = list(map(says_yes, replies))
+    true = [says_yes(q.answer) for q in questions]
     hits = sum(a and b for a, b in zip(said, true))
     precision, recall = hits / max(1, sum(said)), hits / max(1, sum(true))
     f1 = 2 * precision * recall / max(1e-9, precision + recall)
@@ -194,7 +201,7 @@ def voices(who: Policies, best_of: int) -> dict[str, Voice]:
     "Row of the table → how it answers: each policy at temperature 1, and at 0 (`_greedy`)."
 
     def blank(prompts):
-        return speak(who.sft, [replace(p, image="blank") for p in prompts])
+        return speak(who.sft, [replace(p, image=references(p.image, "blank") or None) for p in prompts])
 
     found = dict(sft_blank=blank, best_of_n=partial(best_of_n, who.sft, who.rm, n=best_of))
     for name, (vlm, role) in who.speakers().items():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_EMERGENCIES', 'RECOVERY', 'KEPT', 'collect', 'token_parts', 'State', 'validate', 'pair_agreement', 'check_shares',
-           'ask', 'minibatches', 'Learner', 'update', 'iteration', 'train', 'scores_of', 'kept_in_mind', 'make_policy',
-           'load_policy', 'rl_stage']
+           'check_pool', 'ask', 'minibatches', 'Learner', 'update', 'iteration', 'train', 'check_learned', 'scores_of',
+           'kept_in_mind', 'make_policy', 'load_policy', 'rl_stage']
 
 # %% ../../nbs/10b_loop.ipynb #imports
 import math
@@ -204,6 +204,16 @@ def check_shares(cfg: RLConfig, processes: int):
         )
 
 
+def check_pool(cfg: RLConfig, prompts: list[Prompt]):
+    "Raise UserError where an iteration would ask more than there is to be asked."
+    n = cfg.answers // cfg.answers_per_prompt
+    try:
+        plan_prompts(prompts, n, random.Random(0))
+    except UserError as e:
+        asked = f"answers ({cfg.answers}) / answers_per_prompt ({cfg.answers_per_prompt})"
+        raise UserError(f"{asked}: {e}; lower answers, or give more prompts") from None
+
+
 def ask(prompts: list[Prompt], cfg: RLConfig, key: str, rank: int, processes: int) -> list[Prompt]:
     "This process's prompts of one iteration, each as often as it is to be answered."
     k = cfg.answers_per_prompt
@@ -327,10 +337,12 @@ def train(
     observers: tuple = (),  # each is called after an iteration: (step, **its figures)
 ) -> State:
     "Any algorithm, from its last checkpoint in `folder` to its best (or last) policy."
+    check_pool(algorithm.cfg, prompts)
     more = dict(demonstrations=demonstrations)
     cfg, learner = algorithm.cfg, Learner.of(algorithm, scores, folder.name, **more)
     state, accelerator = learner.state, learner.accelerator
-    of = digest_of(["rl", folder.name, seed, asdict(cfg), [(p.image, p.text) for p in prompts]])
+    what = ["rl", type(algorithm).__name__, folder.name, seed, asdict(cfg)]
+    of = digest_of([*what, [(p.image, p.text) for p in prompts]])
     kept = (state, learner.guard)
     saved = Checkpoints(folder / "checkpoints", accelerator, objects=kept, of=of)
     start = saved.load()
@@ -350,8 +362,20 @@ def train(
 
     if cfg.keep == "best":
         state.restore(state.best_weights)
+    check_learned(state, folder)
     log.close()  # the checkpoints go when the result is on the disk: `Run.finish`
     return state
+
+# %% ../../nbs/10b_loop.ipynb #loop-check
+def check_learned(state: State, folder: Path):
+    "Raise UserError where the result is the SFT model: no validation was ever a number."
+    pairs = zip(state.params, state.best_weights)  # without a best one these are the first weights
+    if not math.isfinite(state.best) and all(torch.equal(p, w) for p, w in pairs):
+        raise UserError(
+            f"{folder}: no validation was a number, so there is no best policy, and the weights are"
+            " those of the beginning: lower actor_lr, or validate more often (eval_every), and"
+            " delete that folder"
+        )
 
 # %% ../../nbs/10b_loop.ipynb #stage
 def scores_of(task: Task) -> Scores:
