@@ -73,7 +73,7 @@ class AdaptiveController:
     def load_state_dict(self, state):
         self.beta = state["beta"]
 
-
+# %% ../../nbs/08_kl.ipynb #control-2
 @dataclass
 class ProportionalController(AdaptiveController):
     "β ← β·(1 + gain·clip(KL/target − 1, ±0.2)). Source: Ziegler et al. 2019, section 2.2."
