@@ -201,7 +201,9 @@ def voices(who: Policies, best_of: int) -> dict[str, Voice]:
     "Row of the table → how it answers: each policy at temperature 1, and at 0 (`_greedy`)."
 
     def blank(prompts):
-        return speak(who.sft, [replace(p, image=references(p.image, "blank") or None) for p in prompts])
+        return speak(
+            who.sft, [replace(p, image=references(p.image, "blank") or None) for p in prompts]
+        )
 
     found = dict(sft_blank=blank, best_of_n=partial(best_of_n, who.sft, who.rm, n=best_of))
     for name, (vlm, role) in who.speakers().items():

@@ -76,7 +76,7 @@ def side_by_side(
 # %% ../../nbs/07_advantages.ipynb #critic-2
 class ValueHead(nn.Module):
     """Per-token values from text states that attend to the pictures: cross-attention, then
-    H → H/2 → tanh → 1."""
+    H → H/2 → tanh → 1, in the units of the scores that it was fitted to."""
 
     def __init__(self, width: int, vision_width: int, heads: int = 4):
         super().__init__()
@@ -85,8 +85,18 @@ class ValueHead(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
         self.down, self.out = nn.Linear(width, width // 2), nn.Linear(width // 2, 1)
-        nn.init.zeros_(self.out.weight)  # starts by predicting the mean reward: zero
+        nn.init.zeros_(self.out.weight)  # starts by predicting the mean score
         nn.init.zeros_(self.out.bias)
+        self.register_buffer("shift", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
+
+    def fit(self, mean: torch.Tensor, deviation: torch.Tensor):
+        "Take mean and deviation of the first scores as units: small weights can say any score then."
+        if not self.fitted:
+            self.shift.copy_(mean)
+            self.scale.copy_(deviation if deviation > 0 else 1.0)
+            self.fitted.fill_(True)
 
     def forward(
         self,
@@ -104,7 +114,8 @@ class ValueHead(nn.Module):
             )
             look[has] = attended.to(hidden.dtype)
             seen = hidden + look
-        return self.out(torch.tanh(self.down(self.norm(seen)))).squeeze(-1)
+        value = self.out(torch.tanh(self.down(self.norm(seen)))).squeeze(-1)
+        return self.shift + self.scale * value
 
 # %% ../../nbs/07_advantages.ipynb #shaping
 def potential_shaping(

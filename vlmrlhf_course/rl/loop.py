@@ -354,7 +354,7 @@ def train(
         figures = iteration(learner, asked, step, seed)
         if done % cfg.eval_every == 0 or done == cfg.iterations:
             figures |= validate(algorithm, scores, validation, pairs)
-            state.keep_best(figures["validation"])
+            state.keep_best(figures.get("pair_agreement", figures["validation"]))
         for observe in (log, *observers):
             observe(step, **figures)
         if done % cfg.save_every == 0:
@@ -403,7 +403,7 @@ def make_policy(task: Task, algorithm: Algorithm) -> dict:
     run, cfg, source = task.run, task.cfg, task.run.source
     prompts = source.prompts("train", cfg.pool, cfg.kinds, f"ppo/{run.seed}")
     validation = source.prompts("validation", 128, cfg.kinds, f"ppo/{run.seed}")
-    pairs = task.needed["preferences"][1][:256]
+    pairs = task.needed["preferences"][1][:512]
     scores = scores_of(task)
     known = dict(pairs=pairs, demonstrations=kept_in_mind(task))
     state = train(algorithm, scores, prompts, validation, task.folder, run.seed, **known)

@@ -54,7 +54,7 @@ FIGURES = frozenset(
     "step phase beta emergency skipped validation reward reward_std reward_min reward_max score "
     "score_std true_score ended kl kl_std kl_max kl_token unique perplexity explained_variance "
     "flat_groups loss grad_norm policy_loss value_loss entropy clipped pair_agreement "
-    "pair_loglik".split()
+    "pair_loglik anchor".split()
 )
 
 
