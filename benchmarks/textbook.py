@@ -131,8 +131,9 @@ class Naive:
         old = self.logprobs("actor", inputs, answer)
         ref = self.logprobs("reference", inputs, answer)
         values = self.values(inputs, answer)
-        states = self.states("reward", inputs, answer)[:, inputs["input_ids"].shape[1] :]
-        token_scores = rm.role.head(states, torch.ones_like(answer, dtype=torch.bool))
+        states = self.states("reward", inputs, answer)[:, inputs["input_ids"].shape[1] - 1 :]
+        both = torch.cat([states[:, :-1], states[:, 1:]], -1)
+        token_scores = rm.role.head(both, torch.ones_like(answer, dtype=torch.bool))
         score = cfg.reward["rm"] * (token_scores.sum() - rm.shift) / rm.scale
         if cfg.reward.get("penalty") and scene_of(prompt):
             text = self.vlm.tokenizer.decode(answer[0], skip_special_tokens=True)
@@ -164,9 +165,11 @@ class Naive:
         clipped = ratio.clamp(1 - cfg.clip, 1 + cfg.clip)
         policy = torch.maximum(-e["advantages"] * ratio, -e["advantages"] * clipped).sum()
         values = self.values(e["inputs"], e["answer"])
-        near = e["values"] + (values - e["values"]).clamp(-cfg.value_clip, cfg.value_clip)
-        errors = (values - e["returns"]) ** 2, (near - e["returns"]) ** 2
-        return policy + cfg.value_coef * 0.5 * torch.maximum(*errors).sum()
+        missed = (values - e["returns"]) ** 2
+        if cfg.value_clip:
+            near = e["values"] + (values - e["values"]).clamp(-cfg.value_clip, cfg.value_clip)
+            missed = torch.maximum(missed, (near - e["returns"]) ** 2)
+        return policy + cfg.value_coef * 0.5 * missed.sum()
 
     def whiten(self, experience: list[dict]):
         "Mean 0 and variance 1 over all tokens of all answers."

@@ -249,7 +249,7 @@ def test_pairs(tiny, kind):
     else:
         task = DPOTask(tiny, DPOConfig(beta=0.3, lora=SMALL_LORA))
         shake(tiny, "dpo")
-    batch, index = task.collate(group_pairs(pairs))
+    batch, index, _ = task.collate(group_pairs(pairs))
     assert packing_size(batch, tiny.width) > 1
     both_ways(task, (batch, index), task, (replace(batch, asked=None), index))
 

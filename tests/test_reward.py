@@ -38,7 +38,7 @@ def test_score_head_does_not_see_padding(pooling, norm):
     assert head(x, mask).shape == (2,)
     assert_close(head(dirty, mask), head(x, mask))
     assert_close(head(x[:1, :3], mask[:1, :3]), head(x, mask)[:1])
-    token = ScoreHead(8, "token", norm=norm).double()(x, mask)
+    token = ScoreHead(4, "token", norm=norm).double()(x, mask)
     assert token.shape == (2, 5)
 
 
@@ -161,7 +161,7 @@ def test_swap_pictures():
 
 def test_batch_norm_counts_real_tokens_only():
     torch.manual_seed(0)
-    head = ScoreHead(8, "token", norm="batch").double()
+    head = ScoreHead(4, "token", norm="batch").double()
     x = rand(2, 5, 8)
     mask = right_mask([3, 5], 5)
     dirty = torch.where(mask.unsqueeze(-1), x, 1e3)

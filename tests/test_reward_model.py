@@ -17,14 +17,15 @@ from vlmrlhf_course.train.reward import pair_accuracy, score_texts, train_reward
 
 
 def test_reward_by_definition(rm, vlm, full):
-    """The head on the states after each answer token, added
-    up; or on the state after the last one, which is EOS."""
+    """The head on the states before and after each answer token,
+    added up; or on the state after the last one, which is EOS."""
     h = vlm.hidden(full, "reward")
     for i, n in enumerate(full.lengths.tolist()):
         states = h[i : i + 1, full.prompt_length : full.prompt_length + n]
+        before = h[i : i + 1, full.prompt_length - 1 : full.prompt_length + n - 1]
         one = torch.ones(1, n).bool()
         if rm.cfg.granularity == "token":
-            want = rm.head(states, one).sum()
+            want = rm.head(torch.cat([before, states], -1), one).sum()
         else:
             want = rm.head(states[:, -1:], one[:, :1])[0]
         close(rm(full)[i], want)

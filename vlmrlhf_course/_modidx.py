@@ -1122,6 +1122,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'vlmrlhf_course/train/reward.py'),
                                              'vlmrlhf_course.train.reward.ScoreHead.pool': ( 'reward.html#scorehead.pool',
                                                                                              'vlmrlhf_course/train/reward.py'),
+                                             'vlmrlhf_course.train.reward.ScoreHead.token_scores': ( 'reward.html#scorehead.token_scores',
+                                                                                                     'vlmrlhf_course/train/reward.py'),
                                              'vlmrlhf_course.train.reward._changed': ( 'reward.html#_changed',
                                                                                        'vlmrlhf_course/train/reward.py'),
                                              'vlmrlhf_course.train.reward.bt_loss': ( 'reward.html#bt_loss',

@@ -137,15 +137,15 @@ def balance(
 
 # %% ../../nbs/04b_preferences.ipynb #config
 def _usual_kinds() -> dict[str, float]:
-    return dict(detail=0.6, brief=0.1, exists=0.2, count=0.04, colour=0.03, relation=0.03)
+    return dict(detail=0.38, brief=0.06, exists=0.5, count=0.02, colour=0.02, relation=0.02)
 
 
 @dataclass(frozen=True)
 class PreferencesConfig:
     "Prompts, candidates and annotators. `noise` is in points of the rubric (0–10)."
 
-    prompts: int = 2400
-    validation: int = 200
+    prompts: int = 5000
+    validation: int = 400
     temperatures: tuple[float, ...] = (0.7, 0.9, 1.0, 1.1)
     samples: int = 1  # answers at each temperature
     max_similarity: float = 0.9

@@ -38,40 +38,58 @@ def last_real(
 # %% ../../nbs/05_reward.ipynb #head
 class ScoreHead(nn.Module):
     """Hidden states to scores. `kind`: scalar or token; `pooling`: last, mean or attention;
-    `norm`: layer, batch, tanh or none."""
+    `norm`: layer, batch, tanh or none.
+
+    A token is scored by two states: the one before it, which knows what was to be expected, and the
+    one after it, which knows what was said."""
 
     def __init__(
         self, width: int, kind: str = "scalar", pooling: str = "last", norm: str = "layer"
     ):
         super().__init__()
         self.kind, self.pooling, self.squash = kind, pooling, norm == "tanh"
-        norms = dict(layer=nn.LayerNorm, batch=nn.BatchNorm1d)
-        self.norm = norms.get(norm, nn.Identity)(width)
+        norms, inputs = dict(layer=nn.LayerNorm, batch=nn.BatchNorm1d), width
+        if kind == "token":
+            inputs = 2 * width
+            self.compare = nn.Sequential(nn.Linear(inputs, width), nn.GELU())
+        self.norm = norms.get(norm, nn.Identity)(inputs)
         self.attend = nn.Linear(width, 1) if pooling == "attention" else None
         self.out = nn.Linear(width, 1)
         nn.init.normal_(self.out.weight, std=width**-0.5 * 0.1)
         nn.init.zeros_(self.out.bias)
 
-    def pool(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        "One state for each answer: (B, A, H), (B, A) → (B, H)."
-        if self.pooling == "last":
-            return last_real(x, mask)
-        if self.attend is None:
-            w = mask.float()
+    def forward(
+        self,
+        hidden: torch.Tensor,  # (B, A, H) for scalar heads, (B, A, 2H) for token heads
+        mask: torch.Tensor,  # (B, A)
+    ) -> torch.Tensor:  # (B,), or (B, A)
+        if self.kind == "token":
+            scores = self.token_scores(hidden, mask)
         else:
-            w = self.attend(x).squeeze(-1).masked_fill(~mask, -torch.inf).softmax(1)
-        return (x * w.unsqueeze(-1)).sum(1) / w.sum(1, keepdim=True).clamp(min=1e-8)
-
-    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        "hidden (B, A, H), mask (B, A) → (B,) for scalar heads, (B, A) for token heads."
-        x = hidden if self.kind == "token" else self.pool(hidden, mask)
-        if self.kind == "token" and isinstance(self.norm, nn.BatchNorm1d):
-            # A batch's statistics must not see padding.
-            places, normed = mask.unsqueeze(-1), self.norm(x[mask])
-            scores = self.out(torch.zeros_like(x).masked_scatter(places, normed)).squeeze(-1)
-        else:
-            scores = self.out(self.norm(x.flatten(0, -2))).view(x.shape[:-1])
+            scores = self.out(self.norm(self.pool(hidden, mask))).squeeze(-1)
         return torch.tanh(scores) if self.squash else scores
+
+# %% ../../nbs/05_reward.ipynb #head-parts
+@patch
+def pool(self: ScoreHead, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    "One state for each answer: (B, A, H), (B, A) → (B, H)."
+    if self.pooling == "last":
+        return last_real(x, mask)
+    if self.attend is None:
+        w = mask.float()
+    else:
+        w = self.attend(x).squeeze(-1).masked_fill(~mask, -torch.inf).softmax(1)
+    return (x * w.unsqueeze(-1)).sum(1) / w.sum(1, keepdim=True).clamp(min=1e-8)
+
+
+@patch
+def token_scores(self: ScoreHead, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    "(B, A, 2H), (B, A) → (B, A). A batch's statistics must not see padding."
+    if isinstance(self.norm, nn.BatchNorm1d):
+        normed = torch.zeros_like(x).masked_scatter(mask.unsqueeze(-1), self.norm(x[mask]))
+    else:
+        normed = self.norm(x)
+    return self.out(self.compare(normed)).squeeze(-1)
 
 # %% ../../nbs/05_reward.ipynb #bt
 def bt_loss(
@@ -143,8 +161,11 @@ class RewardModel(nn.Module):
     def token_scores(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
         "The head's output: (B, A) for the kind `token`, 0 at padding; (B,) for `scalar`."
         states = self.states(batch) if states is None else states
-        out = self.role.head(states[:, 1:], batch.answer_mask)
-        return out * batch.answer_mask if self.cfg.granularity == "token" else out
+        before, after = states[:, :-1], states[:, 1:]
+        if self.cfg.granularity == "scalar":
+            return self.role.head(after, batch.answer_mask)
+        both = torch.cat([before, after], -1)
+        return self.role.head(both, batch.answer_mask) * batch.answer_mask
 
     def forward(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
         "Rewards (B,). Each state has seen picture, question, and the answer up to its token."
@@ -194,13 +215,19 @@ class RewardTask(nn.Module):
         self.rm = rm
 
     def collate(self, groups):
-        return pair_batch(self.rm.vlm, groups)
+        """A prompt counts once, however many pairs it has: 1/(pairs) is Ouyang et al.'s 1/(K over 2).
+
+        Else a long description outweighs ten questions."""
+        batch, pairs = pair_batch(self.rm.vlm, groups)
+        sizes = [len(group) for group in groups for _ in group]
+        pairs = [(c, r, weight / size) for (c, r, weight), size in zip(pairs, sizes)]
+        return batch, pairs, len(groups)
 
     def count(self, batch) -> int:
-        return len(batch[1])
+        return batch[2]
 
     def forward(self, batch):
-        batch, pairs = batch
+        batch, pairs, _ = batch
         chosen, rejected, weight = pair_tensors(pairs, batch.input_ids.device)
         scores, cfg = self.rm(batch), self.rm.cfg
         better, worse = scores[chosen], scores[rejected]
@@ -237,7 +264,7 @@ def pair_accuracy(
     task, hits = RewardTask(rm), []
     for start in range(0, len(rows), 200):
         part = [_changed(r, image, prompt) for r in rows[start : start + 200]]
-        batch, pairs = task.collate([part])
+        batch, pairs, _ = task.collate([part])
         s = rm(batch)
         hits += [bool(s[c] > s[r]) for c, r, _ in pairs]
     gold = [hit == row["gold"] for hit, row in zip(hits, rows) if "gold" in row]
