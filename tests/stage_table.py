@@ -19,8 +19,9 @@ def short_training(iterations: int, prompts: int, minibatch: int, epochs: int) -
             sizes = dict(iterations=iterations, answers_per_prompt=k, answers=prompts * k)
             sizes |= dict(minibatch=minibatch * k, pool=20, save_every=1, eval_every=3)
             sets += [f"{kind}.{key}={value}" for key, value in sizes.items()]
-        elif hasattr(cfg, "epochs"):
-            sets += [f"{kind}.epochs={epochs}", f"{kind}.fit.batch=4", f"{kind}.fit.save_every=1"]
+        elif hasattr(cfg, "fit"):
+            much = f"epochs={epochs}" if hasattr(cfg, "epochs") else f"fit.steps={iterations}"
+            sets += [f"{kind}.{much}", f"{kind}.fit.batch=4", f"{kind}.fit.save_every=1"]
     return sets
 
 
