@@ -36,7 +36,7 @@ def pair(cfg, sizes=SMALL, **kwargs):
 # --- the same thing, computed twice -----------------------------------------------------------
 
 
-OTHER = dict(gamma=0.9, value_clip=0.3, reward=dict(rm=0.7, penalty=1.0))
+OTHER = dict(gamma=0.9, value_clip=0.3, no_eos=-8.0, reward=dict(rm=0.7, penalty=1.0))
 
 
 @pytest.mark.parametrize("critic", ["head", "adapter"])
