@@ -77,8 +77,9 @@ def shake(policy: PPO, rm: RewardModel, std: float = 0.02, seed: int = 1):
     equality must mean something."""
     gen = torch.Generator().manual_seed(seed)
     for role in (policy.actor, rm.role, policy.critic):
+        learned = {p.data_ptr() for p in role.trained()}  # not the critic's units
         for path, p in role.state().items():
-            if "lora_A" not in path:
+            if "lora_A" not in path and p.data_ptr() in learned:
                 p.add_(torch.randn(p.shape, generator=gen).to(p) * std)
 
 

@@ -53,17 +53,17 @@ class Naive:
         value = policy.critic.head
         self.value = value if shared else copy.deepcopy(value)
         if shared:
-            models = [policy]
+            groups = [group.params for group in policy.groups()]
         else:
             # towers stay frozen here too: where they are trained there is nothing to cache
             head = self.models["actor"].get_output_embeddings()
             for part in (self.language("actor"), head, self.language("critic")):
                 part.requires_grad_(True)
-            models = [self.models["actor"], self.models["critic"], self.value]
-        every = [p for model in models for p in model.parameters()]
-        self.trained = [p for p in every if p.requires_grad]
+            of_critic = [*self.models["critic"].parameters(), *self.value.parameters()]
+            groups = [[*self.models["actor"].parameters()], of_critic]
+        self.trained = [[p for p in group if p.requires_grad] for group in groups]
         usual = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        self.optimizer = torch.optim.AdamW(self.trained, lr=cfg.actor_lr, **usual)
+        self.optimizer = torch.optim.AdamW(sum(self.trained, []), lr=cfg.actor_lr, **usual)
 
     def language(self, name):
         return VLM(self.models[name], self.vlm.processor).language
@@ -141,12 +141,23 @@ class Naive:
             score = score + cfg.reward["penalty"] * found
         if answer[0, -1] != self.vlm.eos_id:
             score = score.clamp(max=cfg.no_eos)
-        early = token_scores / rm.scale if cfg.dense else torch.zeros_like(token_scores)
-        rewards = early - cfg.beta * (old - ref)
-        rewards[0, -1] += score - early.sum()
+        rewards = -cfg.beta * (old - ref)
+        rewards[0, -1] += score
+        if cfg.dense:
+            rewards += self.paid_early(cfg.reward["rm"] * token_scores / rm.scale)
         raw = self.advantages(rewards, values)
         found = dict(old=old, ref=ref, values=values, score=score, raw=raw, returns=raw + values)
         return dict(inputs=inputs, answer=answer) | found
+
+    def paid_early(self, earned):
+        "(1, A) γ times what was earned up to this token, less what was before; in the end nothing."
+        paid, before = torch.zeros_like(earned), 0.0
+        for t in range(earned.shape[1]):
+            last = t + 1 == earned.shape[1]
+            following = 0.0 if last else before + earned[0, t]
+            paid[0, t] = self.cfg.gamma * following - before
+            before = following
+        return paid
 
     def advantages(self, rewards, values):
         "(1, A), token by token from the last one."
@@ -185,7 +196,8 @@ class Naive:
             loss.backward()
             total += float(loss.detach())
         if step:
-            torch.nn.utils.clip_grad_norm_(self.trained, self.cfg.grad_clip)
+            for group in self.trained:
+                torch.nn.utils.clip_grad_norm_(group, self.cfg.grad_clip)
             self.optimizer.step()
             self.optimizer.zero_grad()
         return total
@@ -216,7 +228,8 @@ def check(lib: Library, naive: Naive, prompts, atol: float) -> dict[str, float]:
     Raises AssertionError where one exceeds `atol`."""
     vlm, cfg = lib.policy.vlm, lib.cfg
     exp, score = lib.experience(prompts, step=0)
-    b, found = exp.batch, []
+    b, found, head = exp.batch, [], lib.policy.critic.head
+    naive.value.fit(head.shift, head.scale)  # the units, which are compared below
     for i, prompt in enumerate(prompts):
         answer = b.answers[i, b.answer_mask[i]].unsqueeze(0)
         found.append(naive.score(prompt, naive.inputs(prompt), answer))
@@ -228,7 +241,10 @@ def check(lib: Library, naive: Naive, prompts, atol: float) -> dict[str, float]:
     pairs = {}
     for name, figure in ours.items():
         pairs[name] = figure[b.answer_mask], torch.cat([e[name][0] for e in found])
-    pairs["score"] = score, torch.stack([e["score"] for e in found])
+    scores = torch.stack([e["score"] for e in found])
+    pairs["score"] = score, scores
+    units = torch.stack([head.shift, head.scale])
+    pairs["units"] = units, torch.stack([scores.mean(), scores.std(correction=0)])
     pairs |= gradients(lib, naive, exp, found)
     for name, (x, y) in pairs.items():
         assert_close(x, y.to(x), atol=atol, rtol=atol, msg=lambda m, name=name: f"{name}: {m}")

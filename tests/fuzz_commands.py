@@ -38,11 +38,12 @@ BASES = {
     "stopped-projector": (None, line("sft"), ("fit-projector", 1)),
     "stopped-sft": (None, line("sft"), ("fit-language", 2)),
     "stopped-reward": ("pairs", line("reward"), ("reward/", 2)),
+    "stopped-detector": ("sft", line("detector"), ("detector/", 1)),
 }
 BASES |= {f"stopped-{kind}": ("reward", line(kind), (f"{kind}/", 1)) for kind in ARM_KINDS}
 # The commands that go on from there, quick ones more often.
 NEXT = {
-    "sft": ("sft", "preferences", "reward"),
+    "sft": ("sft", "preferences", "detector", "reward"),
     "pairs": ("preferences", "reward", "reward", "dpo"),
     "reward": ("reward", "ppo", *ARM_KINDS),
     "ppo": ("ppo", "ppo", "evaluate"),
@@ -52,6 +53,7 @@ NEXT = {
     "stopped-projector": ("sft",),
     "stopped-sft": ("sft", "sft", "preferences"),
     "stopped-reward": ("reward", "reward", "ppo"),
+    "stopped-detector": ("detector", "detector", "preferences"),
 }
 NEXT |= {f"stopped-{kind}": (kind, kind, "run") for kind in ARM_KINDS}
 

@@ -73,7 +73,7 @@ def one_change(case, taken: bool):
 STAGE = dict(world="sft") | {  # section → the command that reads it
     name: kind if name == kind else f"{kind} --arm {name}" for name, kind in KINDS.items()
 }
-START = dict(sft=None, preferences="sft", reward="pairs", evaluate="arms", run=None)
+START = dict(sft=None, preferences="sft", detector="sft", reward="pairs", evaluate="arms", run=None)
 START |= dict.fromkeys(ARM_KINDS, "reward")
 
 
@@ -150,7 +150,7 @@ def compared(r, name) -> dict:
     "Which arms are compared, and which of them is shown."
     known = [name, name, *ARMS]
     arms = r.choices(r.choice((known, known, known, ARM_WORDS)), k=r.choice((0, 1, 2, 3)))
-    drawn = dict(arms=f"[{','.join(arms)}]", headline=r.choice([*arms, "ppo"][:2]))
+    drawn = dict(arms=f"[{','.join(arms)}]", headline=r.choice([*arms, "ppo_rm"][:2]))
     return drawn | dict(curve=r.choice(r.choice((["''"], known, ARM_WORDS))))
 
 

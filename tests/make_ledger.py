@@ -16,10 +16,12 @@ from vlmrlhf_course.report.page import row_names
 
 REPO = Path(__file__).parent.parent
 LEDGER, README = REPO / "tests" / "ledger.json", REPO / "README.md"
-SHOWN = "sft sft_greedy sft_blank best_of_n ppo_rm ppo ppo_greedy gold".split()
-SPREAD = "sft best_of_n ppo_rm ppo gold".split()
+ARMS = "dpo grpo ppo_rm ppo_detector oracle".split()
+SHOWN = "sft sft_greedy sft_blank best_of_n".split()
+SHOWN += [row for arm in ARMS for row in (arm, f"{arm}_greedy")]
 COLUMNS = {
     "chair_i": "false mentions (CHAIR_i)",
+    "repeats": "repeats",
     "recall": "recall of true things",
     "attribute_error": "wrong attributes",
     "relation_error": "wrong relations",
@@ -27,11 +29,17 @@ COLUMNS = {
     "length": "words",
     "true_score": "true score (0–10)",
     "kl": "KL (nats)",
+    "pope_accuracy": "POPE accuracy",
+    "pope_yes_rate": "POPE yes-rate",
+    "novel_chair_i": "false mentions, unseen combinations",
+    "novel_recall": "recall, unseen combinations",
+    "iterations": "iterations",
 }
 SPREAD_COLUMNS = {
     "chair_i": "false mentions",
     "recall": "recall",
-    "attribute_error": "wrong attributes",
+    "pope_accuracy": "POPE accuracy",
+    "novel_chair_i": "false mentions, unseen combinations",
     "fall": "false mentions less than SFT's, by seed",
 }
 SEEDS = "three seeds, mean ± standard deviation"
@@ -49,31 +57,38 @@ def names() -> dict[str, str]:
     layers = arms_layer()
     evaluate = layers["evaluate"]
     headline = evaluate["headline"]
-    called = row_names({arm: layers[arm]["label"] for arm in evaluate["arms"]}, headline)
+    called = row_names({arm: layers[arm]["label"] for arm in evaluate["arms"]})
     bold = {headline: f"**{called[headline]}**"}
     return called | bold | dict(best_of_n="best of 8, by the reward model")
 
 
 def shown(value: float) -> str:
+    if isinstance(value, int):
+        return str(value)
     return f"{value:.3f}" if value < 1 else f"{value:.1f}"
 
 
 def ledger(report: dict) -> dict[str, str]:
-    "Name → the number as it is printed."
-    cells = {f"{row}.{col}": shown(report[row][col]) for row in SHOWN for col in COLUMNS}
+    "Name → the number as it is printed; what a row does not have (SFT no iterations) is no entry."
+    cells = {}
+    for row in SHOWN:
+        known = [col for col in COLUMNS if col in report[row]]
+        cells |= {f"{row}.{col}": shown(report[row][col]) for col in known}
     return cells | {f"reward_model.{k}": f"{report['reward_model'][k]:.3f}" for k in REWARD_MODEL}
 
 
 def over_seeds(reports: list[dict]) -> dict[str, str]:
-    "Mean and standard deviation over runs, and how far false mentions fall in each run."
+    """Mean and standard deviation over runs, and how far false mentions fall in each run: of a
+    greedy row against SFT's greedy answers, of any other against those at temperature 1."""
     found = {}
-    for row in SPREAD:
-        for col in ("chair_i", "recall", "attribute_error"):
+    for row in SHOWN:
+        for col in [col for col in SPREAD_COLUMNS if col != "fall"]:
             values = [report[row][col] for report in reports]
             mean, std = statistics.fmean(values), statistics.stdev(values)
             found[f"seeds.{row}.{col}"] = f"{mean:.3f} ± {std:.3f}"
-    for row in SPREAD[1:]:
-        falls = [1 - report[row]["chair_i"] / report["sft"]["chair_i"] for report in reports]
+    for row in [row for row in SHOWN if row not in ("sft", "sft_greedy")]:
+        base = "sft_greedy" if row.endswith("_greedy") else "sft"
+        falls = [1 - report[row]["chair_i"] / report[base]["chair_i"] for report in reports]
         found[f"seeds.{row}.fall"] = ", ".join(f"{fall:.0%}" for fall in falls)
     return found
 
@@ -87,9 +102,9 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 def tables(numbers: dict[str, str]) -> str:
     "The README's tables."
     called = names()
-    one = [[called[row], *(numbers[f"{row}.{col}"] for col in COLUMNS)] for row in SHOWN]
+    one = [[called[row], *(numbers.get(f"{row}.{col}", "") for col in COLUMNS)] for row in SHOWN]
     many = []
-    for row in SPREAD:
+    for row in SHOWN:
         cells = [numbers.get(f"seeds.{row}.{col}", "") for col in SPREAD_COLUMNS]
         many.append([called[row], *cells])
     judge = [[name, numbers[f"reward_model.{key}"]] for key, name in REWARD_MODEL.items()]

@@ -25,7 +25,8 @@ SMALL_LORA = LoRAConfig(r=4, alpha=8)
 PAID = {  # what PPO may be paid by: the learned reward, that with a penalty, the truth
     "rm": dict(rm=1.0),
     "rm+penalty": dict(rm=1.0, penalty=1.0),
-    "gold": dict(truth=1.0),
+    "rm+oracle": dict(rm=1.0, oracle=1.0),
+    "truth": dict(truth=1.0),
 }
 seeds = st.integers(0, 10**6)
 

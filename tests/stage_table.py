@@ -19,8 +19,9 @@ def short_training(iterations: int, prompts: int, minibatch: int, epochs: int) -
             sizes = dict(iterations=iterations, answers_per_prompt=k, answers=prompts * k)
             sizes |= dict(minibatch=minibatch * k, pool=20, save_every=1, eval_every=3)
             sets += [f"{kind}.{key}={value}" for key, value in sizes.items()]
-        elif hasattr(cfg, "epochs"):
-            sets += [f"{kind}.epochs={epochs}", f"{kind}.fit.batch=4", f"{kind}.fit.save_every=1"]
+        elif hasattr(cfg, "fit"):
+            much = f"epochs={epochs}" if hasattr(cfg, "epochs") else f"fit.steps={iterations}"
+            sets += [f"{kind}.{much}", f"{kind}.fit.batch=4", f"{kind}.fit.save_every=1"]
     return sets
 
 
@@ -41,11 +42,14 @@ def arms_of(run: Run) -> dict[str, str]:
 
 
 def groups_of(run: Run) -> dict[str, list[str]]:
-    "A whole run's stages in the order in which they are made; arms, made at once, are one group."
-    arms, groups = arms_of(run), {}
-    for name in before(run, LAST):
-        group = "arms" if name in arms else kind_of(run.layers, name)
-        groups.setdefault(group, []).append(name)
+    """A whole run's stages in the order in which they are made: what arms have in common first, then
+    the arms, made at once, as one group. Neighbours of one kind are one group, too."""
+    stages, arms, groups = before(run, LAST), arms_of(run), {}
+    for name in [name for name in stages if name not in arms]:
+        kind = kind_of(run.layers, name)
+        at_its_end = not groups or kind == [*groups][-1] or kind not in groups
+        groups.setdefault(kind if at_its_end else name, []).append(name)
+    groups["arms"] = [name for name in stages if name in arms]
     return groups | {LAST: [LAST]}
 
 

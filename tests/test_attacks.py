@@ -252,7 +252,7 @@ def test_memory_is_not_the_fault_of_a_file(tmp_path):
         load_tensors(tmp_path / "out of memory" / "w.safetensors")
 
 
-@pytest.mark.parametrize("stage", ["ppo", "reward_small", "preferences"])
+@pytest.mark.parametrize("stage", ["ppo_rm", "detector", "reward_small", "preferences"])
 def test_a_finished_run_that_lost_a_stage_makes_it_again(capsys, smoke_run, tmp_path, stage):
     """The report alone is not the run: a stage that is gone is named and made again, to the same
     digit."""
@@ -269,5 +269,5 @@ def test_a_finished_run_that_lost_a_stage_makes_it_again(capsys, smoke_run, tmp_
 def test_a_finished_run_with_a_damaged_stage_is_refused(capsys, smoke_run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(smoke_run, folder)
-    (folder / "ppo" / "actor.safetensors").write_bytes(b"cut")
+    (folder / "ppo_rm" / "actor.safetensors").write_bytes(b"cut")
     assert "actor.safetensors" in refused(capsys, *smoke("run", folder))

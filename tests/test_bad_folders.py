@@ -123,14 +123,16 @@ DAMAGE = [
         ["line 1", "not JSON"],
     ),
     ("hacked/metrics.jsonl", write('{"step": 0}\n'), "evaluate", ["line 1", "no 'kl'"]),
-    ("ppo/metrics.jsonl", gone, "evaluate", ["is missing"]),
+    ("ppo_rm/metrics.jsonl", gone, "evaluate", ["is missing"]),
     ("reward/reward.safetensors", cut, "evaluate", ["cannot be read"]),
     ("reward/reward.safetensors", gone, "evaluate", ["is missing"]),
-    ("reward/reward.safetensors", not_finite, "ppo", ["not finite"]),
-    ("reward/reward.safetensors", headless, "ppo", ["cannot be read"]),
-    ("ppo/actor.safetensors", without_the_first, "ppo", ["do not fit"]),
-    ("ppo/actor.safetensors", one_row, "ppo", ["cannot be read"]),
-    ("ppo/actor.safetensors", emptied, "ppo", ["cannot be read"]),
+    ("reward/reward.safetensors", not_finite, "evaluate", ["not finite"]),
+    ("reward/reward.safetensors", headless, "evaluate", ["cannot be read"]),
+    ("detector/detector.safetensors", not_finite, "evaluate", ["not finite"]),
+    ("detector/detector.safetensors", without_the_first, "evaluate", ["cannot be read"]),
+    ("ppo_rm/actor.safetensors", without_the_first, "evaluate", ["do not fit"]),
+    ("ppo_rm/actor.safetensors", one_row, "evaluate", ["cannot be read"]),
+    ("ppo_rm/actor.safetensors", emptied, "evaluate", ["cannot be read"]),
 ]
 
 

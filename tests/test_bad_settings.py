@@ -16,7 +16,7 @@ from vlmrlhf_course.world.scenes import WorldConfig, sample_scenes
     [
         ([], ["required", "verb", "--help"]),
         (["rum"], ["'rum'", "choose from", "run"]),
-        (["ppo", "--arm", "god"], ["'god'", "gold"]),
+        (["ppo", "--arm", "orcale"], ["'orcale'", "oracle"]),
         (["run", "--seed", "x"], ["--seed", "'x'", "whole number"]),
         (["run", "--seed", "-1"], ["--seed", "'-1'"]),
         (["run", "--seed", "99999999999999999999"], ["--seed", "2147483647"]),
@@ -77,7 +77,7 @@ def test_command_line(capsys, tmp_path, argv, words):
         ("ppo.grad_clip=0", ["grad_clip=0"]),
         ("ppo.no_eos=nan", ["no_eos=nan"]),
         ("ppo.save_every=0", ["save_every=0"]),
-        ("gold.eval_every=0", ["gold", "eval_every=0"]),
+        ("oracle.eval_every=0", ["oracle", "eval_every=0"]),
         ("ppo.answers=5000", ["5000", "pool"]),
         ("ppo.kinds={}", ["ppo.kinds is empty"]),
         ("ppo.kinds.poem=1", ["kinds.poem", "give some of detail"]),
@@ -98,7 +98,7 @@ def test_command_line(capsys, tmp_path, argv, words):
         ("ppo.reward.rm=.inf", ["reward.rm=inf"]),
         ("ppo.reward.rm=much", ["ppo", "much"]),
         ("ppo.reward={rm: 0, penalty: 0}", ["ppo: reward: every weight is 0"]),
-        ("gold.reward.truth=0", ["gold: reward: every weight is 0"]),
+        ("ppo_rm.reward.rm=0", ["ppo_rm: reward: every weight is 0"]),
         ("dpo.reward={rm: 1}", ["unknown key dpo.reward"]),
         ("dpo.beta=0", ["dpo: beta=0", "(0, inf)"]),
         ("dpo.epochs=0", ["dpo: epochs=0"]),
@@ -110,18 +110,24 @@ def test_command_line(capsys, tmp_path, argv, words):
         ("rloo.answers_per_prompt=3", ["rloo: answers (8)", "multiples of answers_per_prompt"]),
         ("rloo.critic=head", ["unknown key rloo.critic"]),
         ("ppo.reward_model=preferences", ["ppo", "'preferences'"]),
+        ("ppo_detector.detector=reward", ["ppo_detector", "'reward'"]),
+        ("ppo_detector.detector=detectro", ["ppo_detector", "detectro"]),
+        ("ppo.anchor=-1", ["anchor=-1", "[0, inf)"]),
+        ("detector.pictures=0", ["detector: pictures=0", "[1, inf)"]),
+        ("detector.width=0", ["detector: width=0", "[1, inf)"]),
+        ("detector.fit.steps=0", ["detector", "steps=0"]),
         ("ppo.reward_model=ppo", ["ppo"]),
         ("evaluate.arms=[]", ["evaluate: ", "arms"]),
-        ("evaluate.arms=[ppo,glod]", ["evaluate", "'glod'", "gold"]),
+        ("evaluate.arms=[ppo,orcale]", ["evaluate", "'orcale'", "oracle"]),
         ("evaluate.arms=[ppo,sft]", ["evaluate", "'sft'"]),
         ("evaluate.arms=[ppo,evaluate]", ["evaluate", "'evaluate'"]),
         ("evaluate.arms=ppo", ["evaluate"]),
-        ("evaluate.headline=gold_", ["headline='gold_'", "ppo_rm"]),
+        ("evaluate.headline=oracle_", ["headline='oracle_'", "ppo_rm"]),
         ("evaluate.curve=hakced", ["evaluate", "'hakced'", "hacked"]),
         ("evaluate.curve=reward", ["evaluate", "'reward'"]),
         ("world.kind=ppo", ["world.kind"]),
         ("mine.kind=pppo", ["mine.kind='pppo'", "did you mean 'ppo'"]),
-        ("gold.kind=pppo", ["gold.kind='pppo'", "did you mean 'ppo'"]),
+        ("oracle.kind=pppo", ["oracle.kind='pppo'", "did you mean 'ppo'"]),
         ("ppo.kind=3", ["ppo.kind=3"]),
         ("ppo.kind=[ppo]", ["ppo.kind=['ppo']"]),
         ("mine.clip=.1", ["unknown section 'mine'"]),
@@ -185,7 +191,7 @@ def test_settings(capsys, tmp_path, change, words):
         (b"mine: {kind: ppo, clip: 7}\n", ["mine: clip=7"]),
         (b"mine: {kind: ppo, clpi: .1}\n", ["mine.clpi", "did you mean 'clip'"]),
         (b"mine: {kind: pop}\n", ["mine.kind='pop'", "ppo"]),
-        (b"mine: {kind: gold}\n", ["mine.kind='gold'", "give one of"]),
+        (b"mine: {kind: oracle}\n", ["mine.kind='oracle'", "give one of"]),
         (b"mine: {label: my own}\n", ["unknown section 'mine'"]),
         (b"../mine: {kind: ppo}\n", ["'../mine'", "name a stage with letters"]),
         (b"a: {kind: ppo, reward_model: b}\nb: {kind: ppo}\n", ["'b'", "reward"]),
@@ -207,7 +213,9 @@ def test_a_stage_that_others_need_stays_of_its_kind(capsys, tmp_path, monkeypatc
     assert "preferences" in line and not (tmp_path / "out").exists(), line
 
 
-@pytest.mark.parametrize("name", ["best_of_n", "sft_blank", "ppo_greedy", "pope", "reward_model"])
+@pytest.mark.parametrize(
+    "name", ["best_of_n", "sft_blank", "ppo_greedy", "sft_greedy", "reward_model"]
+)
 def test_an_arm_is_not_called_as_another_row(capsys, tmp_path, monkeypatch, name):
     "It would stand in the report in the place of what is called so."
     no_stage(monkeypatch)

@@ -36,16 +36,20 @@ def pair(cfg, sizes=SMALL, **kwargs):
 # --- the same thing, computed twice -----------------------------------------------------------
 
 
+OTHER = dict(gamma=0.9, value_clip=0.3, no_eos=-8.0, reward=dict(rm=0.7, penalty=1.0))
+
+
 @pytest.mark.parametrize("critic", ["head", "adapter"])
 @pytest.mark.parametrize("shared", [False, True])
-def test_both_sides_agree(critic, shared, prompts):
-    """Six prompts, one of them without a picture: log-probabilities, values, scores, advantages,
-    loss, gradient."""
-    cfg = replace(CFG, critic=critic)
+@pytest.mark.parametrize("changes", [{}, OTHER], ids=["defaults", "others"])
+def test_both_sides_agree(critic, shared, changes, prompts):
+    """Six prompts, one of them without a picture: log-probabilities, values, scores and their
+    units, advantages, loss, gradient."""
+    cfg = replace(CFG, critic=critic, **changes)
     policy, rm = pair(cfg)
     lib, other = common.Library(policy, rm), textbook.Naive(policy, rm, cfg, shared)
     found = textbook.check(lib, other, prompts, atol=1e-8)
-    wanted = "old ref values score advantages returns loss gradient"
+    wanted = "old ref values score units advantages returns loss gradient"
     assert found.keys() >= {*wanted.split()}
 
 
@@ -59,7 +63,7 @@ def test_both_sides_agree(critic, shared, prompts):
         dict(temperature=1.2),
         dict(reward=dict(rm=1.0)),
         dict(reward=dict(rm=1.0, penalty=1.1)),
-        dict(no_eos=0.0),
+        dict(no_eos=-99.0),
         dict(dense=False),
     ],
 )

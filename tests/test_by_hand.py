@@ -179,22 +179,25 @@ def test_pooling_by_definition(pooling):
 
 
 def test_reward_task_by_hand(cast):
-    """The sum over pairs of -log σ(gap), margin and
-    pull; the chosen answer is the one that is to win."""
+    """The sum over pairs of -log σ(gap), margin and pull; the chosen answer is the one that is to
+    win. A prompt's pairs share the weight 1, and the mean is one over prompts."""
 
     def score(p, text):
         return float(score_texts(cast.rm, [p], [text]))
 
-    rows, want = [], 0.0
-    for p, w in zip([p for p in cast.prompts if p.image], (0.5, 1.0, 1.5)):
-        row = dict(image=p.image, prompt=p.text, chosen=p.answer, rejected="a cat .", weight=w)
-        rows.append(row)
-        c, r = score(p, p.answer), score(p, "a cat .")
-        margin, pull = max(0.0, 0.5 - (c - r)), (c * c + r * r) / 2
-        want += w * (math.log1p(math.exp(r - c)) + 0.1 * margin + 0.01 * pull)
-    task = RewardTask(cast.rm)
-    loss, metrics = task(task.collate(group_pairs(rows)))
-    assert float(loss) == pytest.approx(want, rel=1e-6)
+    rows, want, worse = [], 0.0, ("a cat .", "nothing .", "a fish and a fish .")
+    for n, p in enumerate([p for p in cast.prompts if p.image][:3], 1):  # n pairs of the n-th
+        for rejected, w in zip(worse[:n], (0.5, 1.0, 1.5)):
+            row = dict(image=p.image, prompt=p.text, chosen=p.answer, rejected=rejected, weight=w)
+            rows.append(row)
+            c, r = score(p, p.answer), score(p, rejected)
+            margin, pull = max(0.0, 0.5 - (c - r)), (c * c + r * r) / 2
+            want += w / n * (math.log1p(math.exp(r - c)) + 0.1 * margin + 0.01 * pull)
+    task, groups = RewardTask(cast.rm), group_pairs(rows)
+    assert [len(group) for group in groups] == [1, 2, 3]
+    batch = task.collate(groups)
+    loss, metrics = task(batch)
+    assert float(loss) == pytest.approx(want, rel=1e-6) and task.count(batch) == 3
 
 
 def test_grounded_tokens_are_answer_tokens(cast):

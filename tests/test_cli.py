@@ -23,11 +23,16 @@ from vlmrlhf_course.rl import loop
 from vlmrlhf_course.train import sft
 from vlmrlhf_course.world.scenes import parse_scene, split_of
 
-POLICIES = ("sft", "sft_blank", "ppo_rm", "ppo", "best_of_n", "gold")
-ARMS = ("ppo", "ppo_rm", "gold", "hacked")
-RECORDED = ("sft", "preferences", "reward", "reward_small", *ARMS, "evaluate")
-SHARES = ("chair_i", "recall", "attribute_error", "relation_error")
-FIGURES = (*SHARES, "length", "reward", "true_score", "kl")
+COMPARED = ("dpo", "grpo", "ppo_rm", "ppo_detector", "oracle")
+GREEDY = tuple(f"{name}_greedy" for name in ("sft", *COMPARED))
+POLICIES = ("sft", "sft_blank", "best_of_n", *COMPARED, *GREEDY)
+ARMS = ("grpo", "ppo_rm", "ppo_detector", "oracle", "hacked")  # which sample what they learn from
+RECORDED = ("sft", "preferences", "reward", "reward_small", "detector", "dpo", *ARMS, "evaluate")
+SHARES = (
+    *("chair_i", "repeats", "recall", "attribute_error", "relation_error"),
+    *("pope_accuracy", "pope_yes_rate", "novel_chair_i", "novel_recall"),
+)
+FIGURES = (*SHARES, "facts", "length", "reward", "true_score", "kl")
 VERBS = ("", "run", "pretrain", *STAGES)
 METRICS = ("step", "kl", "reward", "true_score", "beta", "grad_norm", "length", "entropy")
 
@@ -45,7 +50,7 @@ class TestBadInput:
             ("pppo.clip=0.1", ["'pppo'", "did you mean 'ppo'"]),
             ("ppo.clpi=0.1", ["ppo.clpi", "did you mean 'clip'"]),
             ("sft.language.stesp=3", ["sft", "stesp", "steps"]),
-            ("gold.beat=0.1", ["gold.beat", "did you mean 'beta'"]),
+            ("oracle.beat=0.1", ["oracle.beat", "did you mean 'beta'"]),
             ("ppo.clip=wide", ["ppo", "wide", "Float"]),
             ("ppo.iterations=2.5", ["ppo", "2.5", "Integer"]),
             ("ppo.lora=3", ["ppo", "LoRA"]),
@@ -72,8 +77,8 @@ class TestBadInput:
             ("ppo.reward_model=rewrad", "rewrad"),
             ("ppo.answers=5000", "5000"),
             ("grpo.length=tokns", "tokns"),
-            ("evaluate.arms=[ppo,glod]", "glod"),
-            ("evaluate.headline=gold_", "gold_"),
+            ("evaluate.arms=[ppo,orcale]", "orcale"),
+            ("evaluate.headline=oracle_", "oracle_"),
             ("evaluate.curve=hakced", "hakced"),
         ],
     )
@@ -113,7 +118,9 @@ class TestBadInput:
         for verb, change, word in (
             ("sft", ["--set", "sft.language.steps=4"], "sft.language"),
             ("reward", ["--set", "reward.margin=0.6"], "reward.margin"),
-            ("ppo", ["--set", "ppo.clip=0.1"], "ppo.clip"),
+            ("ppo", ["--arm", "ppo_rm", "--set", "ppo_rm.clip=0.1"], "ppo_rm.clip"),
+            ("ppo", ["--arm", "ppo_rm", "--set", "ppo.clip=0.1"], "ppo_rm.clip"),
+            ("detector", ["--set", "detector.width=9"], "detector.width"),
             ("run", ["--seed", "1"], "seed"),
         ):
             line = refused(capsys, *smoke(verb, tmp_path / "run", *change))
@@ -203,7 +210,7 @@ class TestRun:
             assert 0 <= row["true_score"] <= 10
             assert row["length"] > 0
             assert row["kl"] >= 0
-        assert report["sft"]["kl"] == report["sft_blank"]["kl"] == 0 < report["ppo"]["kl"]
+        assert report["sft"]["kl"] == report["sft_blank"]["kl"] == 0 < report["ppo_rm"]["kl"]
 
     def test_report_on_the_reward_model_and_the_run(self, report):
         rm, run = report["reward_model"], report["run"]

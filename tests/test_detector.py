@@ -1,21 +1,27 @@
 "The detector: what it is asked, what it sees, and whose opinion pays."
 
+import json
 import random
 
 import pytest
 import torch
+from commands import copy_stages
 from conftest import SCENE
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlmrlhf_course.base.records import read_jsonl
+from vlmrlhf_course.base.runs import Run
 from vlmrlhf_course.base.settings import UserError
+from vlmrlhf_course.base.stages import before
 from vlmrlhf_course.data.prompts import Prompt
+from vlmrlhf_course.pipeline import obtain, with_source
 from vlmrlhf_course.world.detector import CLASSES, Detector, DetectorTask, SeenBy, UNASKED
 from vlmrlhf_course.world.detector import claims_of, detect, labelled, labels_of
 from vlmrlhf_course.world.detector import precision_recall
 from vlmrlhf_course.world.pretrain import pretrained_vlm
-from vlmrlhf_course.world.scenes import PLACES, sample_scene, sample_scenes
-from vlmrlhf_course.world.source import detail_prompts
+from vlmrlhf_course.world.scenes import PLACES, sample_scene, sample_scenes, scene_of
+from vlmrlhf_course.world.source import DrawnWorld, detail_prompts
 
 ANSWERS = list(CLASSES.values())
 
@@ -116,3 +122,61 @@ def test_it_needs_labels():
 
     with pytest.raises(UserError, match="labelled.*leave the reward `penalty` out"):
         labelled(Task(), "train", 3)
+
+
+# --- as a stage of a run --------------------------------------------------------------------------
+
+
+def test_a_run_trains_one_and_measures_it(smoke_run):
+    record = json.loads((smoke_run / "detector" / "done.json").read_text())
+    assert {"validation", "novel"} <= record.keys()
+    assert {"sft", "detector", "world"} <= record["uses"].keys()
+    assert not {"preferences", "reward"} & record["uses"].keys()
+    assert {"detector.safetensors", "metrics.jsonl"} <= record["files"].keys()
+    assert len(read_jsonl(smoke_run / "detector" / "metrics.jsonl", ("loss",))) == 3
+    assert not (smoke_run / "detector" / "checkpoints").exists()
+
+
+def test_only_who_pays_the_penalty_needs_one(smoke_run, tmp_path):
+    for arm in ("ppo_rm", "ppo_detector", "oracle", "grpo", "hacked"):
+        uses = json.loads((smoke_run / arm / "done.json").read_text())["uses"]
+        assert ("detector" in uses) == (arm == "ppo_detector"), arm
+    paid = Run(tmp_path, "smoke", ["grpo.reward.penalty=0.5", "ppo_detector.reward.penalty=0"])
+    assert "detector" in before(paid, "grpo") and "detector" not in before(paid, "ppo_detector")
+    named = Run(tmp_path, "smoke", ["mine.kind=detector", "ppo_detector.detector=mine"])
+    assert "mine" in before(named, "ppo_detector") and "detector" not in before(named, "dpo")
+
+
+def test_what_is_loaded_is_what_was_measured(smoke_run, tmp_path):
+    "The detector that arms ask has the precision and recall of its record."
+    copy_stages(smoke_run, tmp_path / "run", "sft", "detector")
+    run = with_source(Run(tmp_path / "run", "smoke"))
+    eyes = obtain(run, "detector")
+    assert not any(p.requires_grad for p in eyes.detector.parameters())
+    for split in ("validation", "novel"):
+        asked = run.source.prompts(split, 300, dict(detail=1.0), "detector/0")
+        quality = precision_recall(eyes.scenes(asked), [scene_of(p) for p in asked])
+        assert quality == run.info("detector")[split]
+
+
+class Photos(DrawnWorld):
+    "Pictures of which nobody has said what they show."
+
+    def prompts(self, split, n, kinds, seed):
+        return [Prompt("detail", "what is this ?", "", "blank")] * n
+
+
+def test_a_penalty_where_no_picture_is_labelled(smoke_run, tmp_path):
+    "Said in a line before anything is trained; without the penalty the data are no trouble."
+    copy_stages(smoke_run, tmp_path / "run", "sft", "preferences", "reward")
+    run = with_source(Run(tmp_path / "run", "smoke"))
+    run.source = Photos()
+    with pytest.raises(
+        UserError, match="detector: .*labelled.*leave the reward `penalty` out"
+    ) as e:
+        obtain(run, "ppo_detector")
+    assert "\n" not in str(e.value)
+    for stage in ("detector", "ppo_detector"):
+        assert not list(run.path(stage).glob("*.safetensors"))
+        assert not (run.path(stage) / "metrics.jsonl").exists()
+    assert obtain(run, "reward") is not None

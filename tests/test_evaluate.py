@@ -1,7 +1,9 @@
 "Evaluation: intervals against theory and simulation, greedy answers, and the smoke run's report."
 
+import html
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,21 +16,24 @@ from vlmrlhf_course.base.runs import Run
 from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.data.prompts import Prompt
 from vlmrlhf_course.model.roles import LoRAConfig
-from vlmrlhf_course.model.vlm import VLM, answer, token_logprobs
+from vlmrlhf_course.model.vlm import Speaker, VLM, answer, token_logprobs
 from vlmrlhf_course import pipeline  # noqa: F401  (fills the table of stages)
 from vlmrlhf_course.report.evaluate import EvaluateConfig, Policies, bootstrap_interval
-from vlmrlhf_course.report.evaluate import figures, quiz, speak_greedily
+from vlmrlhf_course.report.evaluate import compare, figures, quiz, quizzed, speak_greedily
+from vlmrlhf_course.report.evaluate import voices
 from vlmrlhf_course.report.page import COLUMNS, Findings, over_optimisation_figure, report_html
 from vlmrlhf_course.report.page import row_names, text_table
 from vlmrlhf_course.report.record import curve, training_curves
 from vlmrlhf_course.train.reward import RewardConfig, RewardModel
+from vlmrlhf_course.world.judge import judge
 from vlmrlhf_course.world.llava import build_model, build_processor
+from vlmrlhf_course.world.rubric import true_score
 from vlmrlhf_course.world.scenes import describe, sample_scenes
 from vlmrlhf_course.world.source import DrawnWorld, detail_prompts
 
 LAYERS = arms_layer()
-ARMS, HEADLINE = LAYERS["evaluate"]["arms"], LAYERS["evaluate"]["headline"]
-NAMES = row_names({arm: LAYERS[arm]["label"] for arm in ARMS}, HEADLINE)
+ARMS = LAYERS["evaluate"]["arms"]
+NAMES = row_names({arm: LAYERS[arm]["label"] for arm in ARMS})
 
 
 class TestBootstrap:
@@ -90,8 +95,27 @@ class TestFigures:
         prompts, said = detail_prompts([SCENE] * 6), ["a cat and a fish .", describe(SCENE)] * 3
         f = figures(DrawnWorld(), prompts, said, small[1], 1.5)
         assert f["chair_i"] == pytest.approx(1 / 5) and f["kl"] == 1.5
-        assert 0 <= f["chair_i_low"] < 1 / 5 < f["chair_i_high"] < 0.5
-        assert f["overall"] == pytest.approx(0.5 * f["chair_i"])
+        assert f["recall"] == pytest.approx((1 / 3 + 1) / 2) and f["chair_s"] == 0.5
+        low, high = f["intervals"]["chair_i"]
+        assert 0 <= low < 1 / 5 < high < 0.5
+
+    def test_every_figure_has_its_interval(self, small):
+        "That of its own numerators and denominators, which are counted here by hand."
+        prompts, said = detail_prompts([SCENE] * 6), ["a cat and a fish .", describe(SCENE)] * 3
+        f = figures(DrawnWorld(), prompts, said, small[1], 1.5)
+        assert f["intervals"].keys() == f.keys() - {"kl", "reward", "intervals"}
+        assert {"chair_i", "repeats", "recall", "facts", "true_score"} <= f["intervals"].keys()
+        truth = [true_score(p, text) for p, text in zip(prompts, said)]
+        by_hand = dict(
+            chair_i=([1, 0] * 3, [2, 3] * 3),
+            chair_s=([1, 0] * 3, [1] * 6),
+            recall=([1 / 3, 1] * 3, [1] * 6),
+            length=([6, len(describe(SCENE).split())] * 3, [1] * 6),
+            true_score=(truth, [1] * 6),
+        )
+        for name, (above, below) in by_hand.items():
+            want = bootstrap_interval(torch.tensor(above), torch.tensor(below))
+            assert f["intervals"][name] == pytest.approx(want, rel=1e-6), name
 
     def test_what_nobody_knows_is_left_out(self, small, monkeypatch):
         "No zero in its place, and no column in a table."
@@ -99,7 +123,7 @@ class TestFigures:
         monkeypatch.setattr(DrawnWorld, "truth", lambda *a: None)
         f = figures(DrawnWorld(), detail_prompts([SCENE]), ["a cat ."], small[1])
         assert set(f) == {"kl", "reward"}
-        assert text_table(dict(sft=f), NAMES).splitlines()[0].split() == ["learned", "reward", "KL"]
+        assert text_table(dict(sft=f), NAMES).splitlines()[0].split() == ["reward", "KL"]
 
     def test_weights_that_have_left_the_numbers(self, small):
         rm = small[1]
@@ -112,16 +136,19 @@ class TestFigures:
 
 class TestArms:
     def test_rows_are_called_by_labels(self):
-        names = row_names(dict(ppo="PPO", my="mine"), "my")
+        names = row_names(dict(ppo="PPO", my="mine"))
         assert names["ppo"] == "PPO" and names["my_greedy"] == "mine, greedy"
-        assert names["my_novel"] == "mine, unseen combinations" and "ppo_greedy" not in names
+        first = ["sft", "sft_greedy", "sft_blank", "best_of_n"]
+        assert list(names) == [*first, "ppo", "ppo_greedy", "my", "my_greedy"]
 
     def test_headline_is_one_of_them(self):
-        with pytest.raises(ValueError, match="give one of the arms, gold, my"):
-            EvaluateConfig(arms=("gold", "my"))
-        assert EvaluateConfig(arms=("gold", "my"), headline="my").headline == "my"
+        with pytest.raises(ValueError, match="give one of the arms, oracle, my"):
+            EvaluateConfig(arms=("oracle", "my"))
+        assert EvaluateConfig(arms=("oracle", "my"), headline="my").headline == "my"
 
-    @pytest.mark.parametrize("arm", ["sft", "best_of_n", "pope", "reward_model", "ppo_greedy"])
+    @pytest.mark.parametrize(
+        "arm", ["sft", "best_of_n", "reward_model", "detector", "ppo_greedy", "sft_greedy"]
+    )
     def test_none_takes_the_place_of_something_else(self, arm):
         with pytest.raises(ValueError, match="something else in a report"):
             EvaluateConfig(arms=("ppo", arm))
@@ -158,36 +185,66 @@ def test_an_arm_that_samples_nothing_has_no_curve(tmp_path):
 
 
 def test_tables_show_greedy_rows_and_the_interval():
-    interval = dict(chair_i=0.125, chair_i_low=0.1, chair_i_high=0.16)
-    row = dict.fromkeys(COLUMNS, 0.25) | interval | dict(length=28.0)
+    own = dict(chair_i=0.125, intervals=dict(chair_i=(0.1, 0.16)), length=28.0, iterations=48)
+    row = dict.fromkeys(COLUMNS, 0.25) | own | dict(pope_yes_rate=0.03)
     result = {name: row for name in NAMES} | dict(reward_model=dict(pair_accuracy=0.75))
-    result["pope"] = {name: dict(accuracy=0.5, yes_rate=0.03) for name in ("sft", "ppo")}
+    result["detector"] = dict(novel=dict(precision=dict(things=0.875), recall=dict(things=0.5)))
     lines = text_table(result, NAMES).splitlines()
     assert len(lines) == 1 + len(NAMES)
+    assert lines[0].split() == [word for _, short in COLUMNS.values() for word in short.split()]
     assert all("0.125 ± 0.030" in line and "28.00" in line for line in lines[1:])
-    for start in ("SFT, greedy", "PPO, reward model + penalty, greedy"):
+    assert all(line.endswith(" 48") for line in lines[1:])
+    for start in ("SFT, greedy", "PPO, reward model + detector, greedy"):
         assert any(line.startswith(start) for line in lines)
-    said = {name: ["a cat and a fish ."] for name in ("sft", "ppo")}
-    found = Findings(DrawnWorld(), detail_prompts([SCENE]), said, result, NAMES, ("sft", "ppo"))
+    said = {name: ["a cat and a fish ."] for name in ("sft", "ppo_rm")}
+    found = Findings(DrawnWorld(), detail_prompts([SCENE]), said, result, NAMES, ("sft", "ppo_rm"))
     page = report_html(found, {}, 1)
-    assert page.count("0.125 ± 0.030") == len(NAMES)
-    for text in ("<mark>fish</mark>", "yes-rate 0.030", "SFT, greedy"):
+    assert page.count("0.125 ± 0.030") == len(NAMES) == page.count("<td>0.030</td>")
+    for text in ("<mark>fish</mark>", "<th>POPE yes-rate</th>", "SFT, greedy"):
         assert text in page
+    assert "Detector, novel: precision things 0.875 · recall things 0.500" in page
 
 
 def test_report_of_a_run(smoke_run):
     report = json.loads((smoke_run / "report.json").read_text())
     page = (smoke_run / "report.html").read_text()
+    others = {"reward_model", "detector", "over_optimisation", "run"}
+    assert report.keys() == {*NAMES, *others}
     for policy, name in NAMES.items():
-        f = report[policy]
-        assert f["chair_i_low"] <= f["chair_i"] <= f["chair_i_high"], policy
-        assert all(math.isfinite(f[column]) for column in COLUMNS), policy
-        assert name in page
-    greedy = report["sft_greedy"]["kl"], report["ppo_greedy"]["kl"]
+        f, trained = report[policy], policy.removesuffix("_greedy") in ARMS
+        for figure, (low, high) in f["intervals"].items():
+            assert low <= f[figure] <= high, (policy, figure)
+        known = [column for column in COLUMNS if trained or column != "iterations"]
+        assert all(math.isfinite(f[column]) for column in known), policy
+        assert ("iterations" in f) == trained and html.escape(name) in page
+    greedy = [report[f"{name}_greedy"]["kl"] for name in ("sft", *ARMS)]
     assert min(greedy) > 0, "one answer is never as wide as the reference"
-    assert {"accuracy", "yes_rate"} <= report["pope"]["sft"].keys()
     assert "±" in page and "POPE" in page
     assert {"kl", "reward", "true_score"} == report["over_optimisation"].keys()
+
+
+def test_what_an_arm_cost_and_what_it_is_asked_do_not_depend_on_the_temperature(smoke_run):
+    "Both rows of a policy have its iterations, or DPO's steps; and POPE is asked greedily."
+    report = json.loads((smoke_run / "report.json").read_text())
+    for arm in ARMS:
+        log = (smoke_run / arm / "metrics.jsonl").read_text().splitlines()
+        for row in (arm, f"{arm}_greedy"):
+            assert report[row]["iterations"] == len(log)
+    assert report["ppo_rm"]["iterations"] == report["grpo"]["iterations"] == 3
+    for name in ("sft", *ARMS):
+        for key in ("pope_accuracy", "pope_yes_rate"):
+            assert report[name][key] == report[f"{name}_greedy"][key]
+
+
+def test_the_report_says_what_the_detector_sees(smoke_run):
+    detector = json.loads((smoke_run / "report.json").read_text())["detector"]
+    record = json.loads((smoke_run / "detector" / "done.json").read_text())
+    assert detector.keys() == {"validation", "novel"}
+    for split, quality in detector.items():
+        assert quality == record[split] and quality.keys() == {"precision", "recall"}
+        for shares in quality.values():
+            assert shares.keys() == {"things", "attributes", "relations"}
+            assert all(0 <= share <= 1 for share in shares.values())
 
 
 class Counted:
@@ -199,12 +256,18 @@ class Counted:
 
 
 def test_counts_are_enough_for_an_evaluation(small, monkeypatch):
-    "The interval needs mentions, too; without them there is none, and the table shows the share."
+    "A source counts of them what it can: figures and intervals are of that, and of nothing else."
+
+    def parts(self, verdicts):
+        return dict(chair_i=([len(v.false_objects) for v in verdicts], [4, 2]))
+
     monkeypatch.setattr(DrawnWorld, "judge", lambda *a: Counted())
-    monkeypatch.setattr(DrawnWorld, "summarise", lambda self, verdicts: dict(chair_i=0.25))
-    f = figures(DrawnWorld(), detail_prompts([SCENE]), ["a cat ."], small[1])
-    assert f["chair_i"] == 0.25 and "chair_i_low" not in f
-    assert text_table(dict(sft=f), NAMES).splitlines()[1].split()[1] == "0.250"
+    monkeypatch.setattr(DrawnWorld, "parts", parts)
+    f = figures(DrawnWorld(), detail_prompts([SCENE] * 2), ["a cat ."] * 2, small[1])
+    assert f["chair_i"] == pytest.approx(2 / 6) and "recall" not in f
+    assert f["intervals"].keys() == {"chair_i", "true_score"}
+    assert f["intervals"]["chair_i"] == (1 / 4, 1 / 2)  # one of the two pictures, twice
+    assert text_table(dict(sft=f), NAMES).splitlines()[1].split()[1:4] == ["0.333", "±", "0.125"]
 
 
 @pytest.mark.parametrize("said, yes", [("Yes .", 1), (" yes, it is", 1), ("YES", 1), ("No .", 0)])
@@ -214,3 +277,98 @@ def test_yes_is_yes_however_it_is_written(small, monkeypatch, said, yes):
     )
     asked = [Prompt("exists", "is there a cat ?", text, None) for text in ("Yes.", "no .")]
     assert quiz(small[0], asked)["accuracy"] == (1 + yes) / 2
+
+
+# --- who is compared, and what is asked of whom ---------------------------------------------------
+
+
+@pytest.fixture
+def who(small):
+    "SFT and an arm, which is the same model: what they say is put in their mouths."
+    vlm, rm = small
+    return Policies(vlm, rm, dict(my=Speaker(vlm, "mine")), "my")
+
+
+def asked(*answers):
+    return [Prompt("exists", "is there a cat ?", text, "blank") for text in answers]
+
+
+def test_a_policy_is_quizzed_greedily_and_a_row_that_is_none_by_what_it_says(who, monkeypatch):
+    replies = {None: ["yes ."] * 4, "mine": ["no .", "no .", "yes .", "no ."]}
+    monkeypatch.setattr(
+        "vlmrlhf_course.report.evaluate.answer", lambda vlm, q, *a, role=None, **k: replies[role]
+    )
+    questions = asked("yes .", "yes .", "yes .", "no .")
+
+    def never(prompts):
+        raise AssertionError("a policy answers greedily")
+
+    for row in ("sft", "sft_greedy"):
+        got = quizzed(row, never, who, questions)
+        assert got == dict(pope_accuracy=3 / 4, pope_yes_rate=1.0)
+    for row in ("my", "my_greedy"):
+        assert quizzed(row, never, who, questions) == dict(pope_accuracy=2 / 4, pope_yes_rate=1 / 4)
+    said = ["yes , there is .", "yes .", "no .", "no ."]
+    got = quizzed("best_of_n", lambda prompts: (said, 0.0), who, questions)
+    assert got == dict(pope_accuracy=3 / 4, pope_yes_rate=2 / 4)
+
+
+def test_every_policy_answers_at_both_temperatures(who, monkeypatch):
+    rows = voices(who, best_of=3)
+    assert {*rows} == {"sft", "sft_greedy", "sft_blank", "best_of_n", "my", "my_greedy"}
+    module = "vlmrlhf_course.report.evaluate"
+
+    def spoken(temperature):
+        return lambda vlm, prompts, role=None: ((temperature, role, [p.image for p in prompts]), 0)
+
+    monkeypatch.setattr(f"{module}.speak", spoken(1))
+    monkeypatch.setattr(f"{module}.speak_greedily", spoken(0))
+    two = [*asked("yes ."), Prompt("text", "what ?", "", None)]
+    assert voices(who, 3)["sft_blank"](two)[0] == (1, None, [("blank",), None])
+    rows = voices(who, 3)
+    seen = {row: rows[row](two)[0][:2] for row in ("sft", "sft_greedy", "my", "my_greedy")}
+    assert seen == dict(sft=(1, None), sft_greedy=(0, None), my=(1, "mine"), my_greedy=(0, "mine"))
+    called = []
+    monkeypatch.setattr(f"{module}.best_of_n", lambda *a, **k: called.append((a[2], k)))
+    voices(who, 3)["best_of_n"](two)
+    assert called == [(two, dict(n=3))]
+
+
+@pytest.mark.parametrize("more", [True, False])
+def test_what_a_row_holds(who, monkeypatch, more):
+    "Unseen combinations and POPE by hand; where a source has neither, there is no such figure."
+    said = dict(sft=["a cat and a fish .", "a fish ."], my=["a cat .", "a kite and a fish ."])
+
+    def voice(name):
+        return lambda prompts: ([said[name][prompts[0].image == "blank"]], 0.5)
+
+    class Two(DrawnWorld):
+        splits = ("test", "novel") if more else ("test",)
+
+        def prompts(self, split, n, kinds, seed):
+            (prompt,) = detail_prompts([SCENE])
+            return [replace(prompt, image="blank") if split == "novel" else prompt]
+
+        def judge(self, prompt, text):
+            return judge(text, SCENE)
+
+        def truth(self, prompt, text):
+            return 7.0
+
+        def quiz(self, prompts):
+            return asked("yes .") * more
+
+    rows = {name: voice(name) for name in said}
+    monkeypatch.setattr("vlmrlhf_course.report.evaluate.voices", lambda who, n: rows)
+    monkeypatch.setattr("vlmrlhf_course.report.evaluate.answer", lambda *a, **k: ["yes ."])
+    result, answers, _ = compare(who, Two(), EvaluateConfig(arms=("my",), headline="my"), 0)
+    assert answers == dict(sft=["a cat and a fish ."], my=["a cat ."])
+    assert result["sft"]["chair_i"] == 0.5 and result["my"]["chair_i"] == 0.0
+    assert result["sft"]["kl"] == 0.5 and result["my"]["true_score"] == 7.0
+    figures_of = {"novel_chair_i", "novel_recall", "pope_accuracy", "pope_yes_rate"}
+    for row in result.values():
+        assert figures_of & row.keys() == (figures_of if more else set())
+    if more:
+        novel = [(row["novel_chair_i"], row["novel_recall"]) for row in result.values()]
+        assert novel == [(1.0, 0.0), (0.5, pytest.approx(1 / 3))]
+        assert result["my"]["pope_accuracy"] == result["my"]["pope_yes_rate"] == 1.0

@@ -356,7 +356,7 @@ def test_an_arm_minds_its_own_settings(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f":{tmp_path}/link:{tmp_path}:{REPO}")
     monkeypatch.setattr(Path, "mkdir", lambda *a, **k: None)  # so that there is no place for a log
-    arm = _start_arm(run, "ppo", "gold", ["--scale", "mine.yaml"])
+    arm = _start_arm(run, "ppo", "oracle", ["--scale", "mine.yaml"])
     monkeypatch.undo()
     assert arm.wait() == 2 and "ppo.clpi" in arm.said()[-1], arm.said()
     assert [f.name for f in tmp_path.glob("imported-*")] == [] and not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ from small_models import rand, right_mask, seeds
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
-from vlmrlhf_course.rl.ppo import ppo_policy_loss, value_loss
+from vlmrlhf_course.rl.ppo import PPOConfig, ppo_policy_loss, value_loss
 from vlmrlhf_course.train.reward import bt_loss
 
 
@@ -133,6 +133,16 @@ class TestValueLoss:
         old, mask = torch.zeros(1, 1), torch.ones(1, 1).bool()
         value_loss(v, old, torch.tensor([[target]]), mask, 0.2).backward()
         assert_close(float(v.grad), (value - target) * slope)
+
+    @given(seeds)
+    def test_without_a_clip_it_is_the_squared_error(self, seed):
+        "However far the critic has moved: the default."
+        v, old, ret = (rand(2, 4, seed=seed + i, scale=5.0) for i in range(3))
+        mask = right_mask([4, 2], 4)
+        want = float(0.5 * ((v - ret) ** 2)[mask].sum())
+        assert_close(float(value_loss(v, old, ret, mask)), want)
+        assert_close(float(value_loss(v, old, ret, mask, 0.0)), want)
+        assert PPOConfig().value_clip == 0.0
 
     def test_only_the_critic_learns(self):
         v, old, ret = (rand(2, 3, seed=i).requires_grad_() for i in range(3))

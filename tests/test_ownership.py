@@ -307,7 +307,7 @@ THEIRS = {
         ["run"],
         ["run", "--seeds", "2"],
         ["sft"],
-        ["ppo", "--arm", "gold"],
+        ["ppo", "--arm", "oracle"],
         ["evaluate"],
         ["pretrain"],
     ],

@@ -51,13 +51,16 @@ def test_rewards_and_values_do_not_depend_on_padding(cast, left, middle, right):
     b, mask = spread_out(cast.full, left, middle, right), cast.full.answer_mask
     A = mask.shape[1]
     with torch.no_grad():
-        close(cast.rm(b), cast.rm(cast.full))
-        tokens, want = (cast.rm.token_scores(x) for x in (b, cast.full))
-        close(tokens[..., :A], want)
-        assert not tokens[..., A:].any()
+        # The state before the first token, which its score and V(s_0) read, stands at the last
+        # place of the prompt: that is padding where there is a gap, as in no batch of ours.
+        first, token_head = int(middle > 0), cast.rm.cfg.granularity == "token"
+        if not (first and token_head):
+            close(cast.rm(b), cast.rm(cast.full))
+        if token_head:
+            tokens, want = (cast.rm.token_scores(x) for x in (b, cast.full))
+            close(tokens[:, first:A], want[:, first:])
+            assert not tokens[:, A:].any()
         got, want = (values(cast.policy, cast.rm, x)[:, :A] for x in (b, cast.full))
-        # V(s_0) stands at the last place of the prompt, which is padding where there is a gap
-        first = int(middle > 0)
         close(got[:, first:][mask[:, first:]], want[:, first:][mask[:, first:]])
 
 
@@ -145,7 +148,7 @@ def test_a_missing_eos_costs(cast, roll, reward):
 
 @pytest.mark.parametrize("reward", PAID)
 def test_the_penalty_lowers_the_score_of_a_false_answer(cast, reward):
-    "Reward, reward and penalty, or the true score: for what is true and for what is not."
+    "Reward, reward with penalty, by a detector or by the truth itself, or the true score."
     prompts = [Prompt("detail", "describe the picture .", "", f"scene:{SCENE}")] * 2
     said = [describe(SCENE), FAULTY]
     roll = Rollout(prompts, cast.vlm.batch(prompts, said), None, torch.ones(2).bool(), 1.0)
@@ -154,7 +157,8 @@ def test_the_penalty_lowers_the_score_of_a_false_answer(cast, reward):
     extra = torch.tensor([penalty(judge(t, SCENE)) for t in said])
     truth = torch.tensor([true_score(p, t) for p, t in zip(prompts, said)])
     assert extra[1] < 1 < extra[0]
-    want = {"rm": learned, "rm+penalty": learned + extra, "gold": truth - 5}
+    want = {"rm": learned, "truth": truth - 5}
+    want |= {"rm+penalty": learned + extra, "rm+oracle": learned + extra}
     assert_close(got, want[reward], check_dtype=False)
     assert info["true_score"] == pytest.approx(float(truth.mean()))
     assert info["reward"] == pytest.approx(float(learned.mean()))
@@ -164,7 +168,7 @@ def test_a_truth_that_nobody_knows_cannot_be_paid(cast, roll):
     "It is no zero: neither in the score nor in the figures. The penalty then judges nothing."
     judges = Judges(cast.rm, DrawnWorld(), PPOConfig().penalty, DrawnWorld())
     with pytest.raises(UserError, match="reward truth: nothing is known about None"):
-        Scores(judges, PAID["gold"])(roll)
+        Scores(judges, PAID["truth"])(roll)
     got, info = Scores(judges, PAID["rm+penalty"])(roll)
     assert "true_score" not in info
     lone = [i for i, p in enumerate(roll.prompts) if not p.image]
@@ -176,8 +180,36 @@ def test_a_penalty_that_nobody_can_judge_is_refused(cast, roll):
     "A source without a judge would pay nothing, and nobody would notice."
     source = DrawnWorld()
     source.judge = lambda prompt, text: None
-    with pytest.raises(UserError, match="reward penalty: the source can judge no answer"):
-        Scores(Judges(cast.rm, source, PPOConfig().penalty, source), PAID["rm+penalty"])(roll)
+    judges = Judges(cast.rm, source, PPOConfig().penalty, source)
+    for name in ("penalty", "oracle"):
+        with pytest.raises(
+            UserError, match=f"reward {name}: nobody can judge any .*; leave it out"
+        ):
+            Scores(judges, {name: 1.0})(roll)
+    blind = replace(judges, detector=None)
+    with pytest.raises(UserError, match="reward penalty: there is no detector"):
+        Scores(blind, PAID["rm+penalty"])(roll)
+
+
+def test_whose_opinion_is_paid(cast):
+    "The penalty is the detector's opinion, the oracle is the source's: here they contradict."
+
+    class Dreamer:
+        def judge(self, prompt, text):
+            return judge(text, replace(SCENE, groups=SCENE.groups[1:]))  # sees a kite, and no more
+
+    prompts = [Prompt("detail", "describe the picture .", "", f"scene:{SCENE}")] * 2
+    said = ["a cat .", "a kite ."]
+    roll = Rollout(prompts, cast.vlm.batch(prompts, said), None, torch.ones(2).bool(), 1.0)
+    cfg = PPOConfig()
+    judges = Judges(cast.rm, DrawnWorld(), cfg.penalty, Dreamer())
+    alone = replace(SCENE, groups=SCENE.groups[1:])
+    for name, scene in (("penalty", alone), ("oracle", SCENE)):
+        got, info = Scores(judges, {name: 1.0})(roll)
+        want = torch.tensor([penalty(judge(text, scene), cfg.penalty) for text in said])
+        assert_close(got, want, check_dtype=False)
+        assert info[name] == pytest.approx(float(want.mean()))
+        assert (want[0] < want[1]) == (name == "penalty")
 
 
 @pytest.mark.parametrize("reward", ["rm", "rm+penalty"])

@@ -79,3 +79,40 @@ def test_figures_quoted_in_chapters_are_measured():
     assert len(found) >= 6
     wrong = [(name, shown, known.get(name)) for shown, name in found if known.get(name) != shown]
     assert not wrong
+
+
+# --- how the ledger is made -----------------------------------------------------------------------
+
+
+def report_of(chair_i, more=0.0):
+    "A report in which every row has a figure of its own, and two have a given share."
+    reward_model = dict.fromkeys(make_ledger.REWARD_MODEL, 0.75)
+    report = dict(reward_model=reward_model)
+    for row in make_ledger.SHOWN:
+        columns = [col for col in make_ledger.COLUMNS if col != "iterations"]
+        report[row] = dict.fromkeys(columns, 0.5 + more) | dict(length=28.25, intervals={})
+        if row.removesuffix("_greedy") in make_ledger.ARMS:
+            report[row]["iterations"] = 48
+        report[row]["chair_i"] = chair_i.get(row, 0.1)
+    return report
+
+
+def test_the_ledger_of_reports_by_hand():
+    first = report_of(dict(sft=0.4, sft_greedy=0.2, ppo_rm=0.1, ppo_rm_greedy=0.1))
+    second = report_of(dict(sft=0.5, sft_greedy=0.4, ppo_rm=0.2, ppo_rm_greedy=0.1), more=0.1)
+    numbers = make_ledger.ledger(first) | make_ledger.over_seeds([first, second])
+    assert numbers["sft.chair_i"] == "0.400" and numbers["oracle_greedy.length"] == "28.2"
+    assert numbers["dpo.iterations"] == "48" and "sft.iterations" not in numbers
+    assert numbers["seeds.sft.chair_i"] == "0.450 ± 0.071"  # |a − b| / √2
+    assert numbers["seeds.grpo.novel_chair_i"] == "0.550 ± 0.071"
+    assert numbers["seeds.ppo_rm.fall"] == "75%, 60%"
+    assert numbers["seeds.ppo_rm_greedy.fall"] == "50%, 75%", "against SFT's greedy answers"
+    assert not {"seeds.sft.fall", "seeds.sft_greedy.fall"} & numbers.keys()
+    lines = make_ledger.tables(numbers).splitlines()
+    names = [line.split("|")[1].strip() for line in lines if line.count("|") > 8]
+    assert names[0].startswith("300 held-out") and names[2:] == [
+        make_ledger.names()[row] for row in make_ledger.SHOWN
+    ]
+    assert "**PPO, reward model**" in names
+    (line,) = [line for line in lines if line.startswith("| PPO, reward model, greedy | 0.100 |")]
+    assert line.split(" | ")[-1] == "48 |" and line.count("|") == len(make_ledger.COLUMNS) + 2

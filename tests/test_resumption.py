@@ -33,16 +33,18 @@ SFT_WEIGHTS = ["projector/model.safetensors", "language/model.safetensors"]
 
 
 def test_same_seed_same_bits(smoke_run, tmp_path):
-    "The chain up to PPO, again, in another process and another folder."
-    assert main(smoke("ppo", tmp_path / "run")) == 0
+    "The chain up to PPO with a detector, again, in another process and another folder."
+    assert main(smoke("ppo", tmp_path / "run", "--arm", "ppo_detector")) == 0
     names = [
         "preferences/train.jsonl",
         "preferences/candidates-validation.jsonl",
         "sft/projector/model.safetensors",
         "sft/language/model.safetensors",
         "reward/reward.safetensors",
-        "ppo/actor.safetensors",
-        "ppo/metrics.jsonl",
+        "detector/detector.safetensors",
+        "detector/metrics.jsonl",
+        "ppo_detector/actor.safetensors",
+        "ppo_detector/metrics.jsonl",
     ]
     same_files(smoke_run, tmp_path / "run", names)
 
@@ -70,32 +72,38 @@ def test_ppo_resumes_exactly(smoke_run, tmp_path, capsys, monkeypatch):
     """Stopped in the third iteration, after the checkpoint of the second: weights, metrics and best
     score as without the stop."""
     copy_stages(smoke_run, tmp_path / "run", "sft", "preferences", "reward")
-    argv = smoke("ppo", tmp_path / "run")
+    argv = smoke("ppo", tmp_path / "run", "--arm", "ppo_rm")
     stop_at(monkeypatch, loop, "collect", 3)
     interrupted(capsys, *argv)
-    folder = tmp_path / "run" / "ppo"
+    folder, whole = tmp_path / "run" / "ppo_rm", smoke_run / "ppo_rm"
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-2"]
     assert not (folder / "actor.safetensors").exists()
     monkeypatch.undo()
     stop_at(monkeypatch, loop, "collect", 2)
     assert main(argv) == 0
-    same_files(smoke_run / "ppo", folder, ["actor.safetensors", "metrics.jsonl"])
-    mine, theirs = (json.loads((f / "done.json").read_text()) for f in (folder, smoke_run / "ppo"))
+    same_files(whole, folder, ["actor.safetensors", "metrics.jsonl"])
+    mine, theirs = (json.loads((f / "done.json").read_text()) for f in (folder, whole))
     assert mine == theirs
 
 
+FITTED = ("dpo", "detector")  # `fit` trains them
+
+
 def small_arm(kind, folder):
-    "The verb of a kind of arm: few steps, a checkpoint after every second one."
+    "The verb of a kind of arm, or of the detector: few steps, a checkpoint after every second."
     sets = short_training(iterations=4, prompts=4, minibatch=2, epochs=1)
     own = [change for change in sets if change.startswith(f"{kind}.")]
-    saved = f"{kind}.fit.save_every=2" if kind == "dpo" else f"{kind}.save_every=2"
+    saved = f"{kind}.save_every=2"
+    if kind in FITTED:
+        own += ["detector.fit.steps=5"] * (kind == "detector")
+        saved = f"{kind}.fit.save_every=2"
     return smoke(kind, folder, "--set", *own, saved)
 
 
-@pytest.mark.parametrize("kind", ["dpo", "grpo", "rloo"])
+@pytest.mark.parametrize("kind", ["dpo", "grpo", "rloo", "detector"])
 def test_other_arms_resume_exactly(smoke_run, tmp_path, monkeypatch, kind):
-    """Killed between two checkpoints, continued: weights, metrics and record of an arm that was
-    left alone, and of what was done nothing is done twice."""
+    """Killed between two checkpoints, continued: weights, metrics and record of one that was left
+    alone, and of what was done nothing is done twice."""
     for name in ("alone", "killed"):
         copy_stages(smoke_run, tmp_path / name, "sft", "preferences", "reward")
     assert main(small_arm(kind, tmp_path / "alone")) == 0
@@ -110,12 +118,12 @@ def test_other_arms_resume_exactly(smoke_run, tmp_path, monkeypatch, kind):
     files = STAGES[kind].files
     steps = rows(tmp_path / "alone" / kind / "metrics.jsonl")
     assert 2 <= saved < steps
-    module, name = (fit_module, "backward_through") if kind == "dpo" else (loop, "collect")
+    module, name = (fit_module, "backward_through") if kind in FITTED else (loop, "collect")
     stop_at(monkeypatch, module, name, steps - saved + 1)  # once more than there is left to do
     assert main(argv) == 0
     same_files(tmp_path / "alone" / kind, folder, [*files, "done.json"])
     weights = load_file(folder / files[0])
-    assert any(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
+    assert any(w.any() for name, w in weights.items() if "lora_B" in name or kind == "detector")
 
 
 def test_an_evaluation_loads_one_model(smoke_run, tmp_path, monkeypatch):
@@ -237,12 +245,13 @@ def test_arms_are_started_so(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "train_arms", lambda *given: asked.append(given))
     cli.make_arms(Run(tmp_path, "smoke", args.set, seed=4), args, 2)
     ((run, verbs, options, jobs),) = asked
-    assert verbs == dict.fromkeys(("ppo_rm", "ppo", "gold", "hacked"), "ppo") and jobs == 2
-    _start_arm(run, verbs["gold"], "gold", options)
+    ppos = dict.fromkeys(("ppo_rm", "ppo_detector", "oracle", "hacked"), "ppo")
+    assert verbs == dict(dpo="dpo", grpo="grpo") | ppos and jobs == 2
+    _start_arm(run, verbs["oracle"], "oracle", options)
     ((command, how),) = started
     assert how["stdin"] == subprocess.PIPE and how["env"]["VLMRLHF_ARM"] == "1"
     again = build_parser().parse_args(command[command.index("ppo") :])
-    assert again.arm == "gold"
+    assert again.arm == "oracle"
     assert again.seed == 4
     assert again.skip_bad
     assert again.threads == 3

@@ -26,7 +26,7 @@ def mine(judges, roll, texts, step):
     return torch.ones(len(texts))
 
 
-@pytest.mark.parametrize("name", ["rm", "penalty", "truth", "length"])
+@pytest.mark.parametrize("name", ["rm", "penalty", "oracle", "truth", "length"])
 def test_a_reward_is_not_replaced_in_silence(paid, name):
     before = paid[name]
     with pytest.raises(UserError, match=f"reward.*'{name}'.*vlmrlhf_course.rl.rewards.*another"):
@@ -34,7 +34,9 @@ def test_a_reward_is_not_replaced_in_silence(paid, name):
     assert paid[name] is before
 
 
-@pytest.mark.parametrize("name", ["reward", "true_score", "score", "step", "kl", "loss"])
+@pytest.mark.parametrize(
+    "name", ["reward", "true_score", "score", "step", "kl", "loss", "pair_agreement", "anchor"]
+)
 def test_a_reward_does_not_write_over_a_figure(paid, name):
     with pytest.raises(UserError, match="a figure of the metrics; give the reward another name"):
         reward(name)(mine)
@@ -48,10 +50,11 @@ def test_a_cell_may_run_again(paid):
 
 def test_every_metric_is_kept_from_rewards(smoke_run):
     "A new figure of the log belongs in FIGURES, or a reward may take its name."
-    for file in smoke_run.glob("*/metrics.jsonl"):
-        if file.parent.name in ("ppo", "gold", "hacked"):
-            logged = set().union(*read_jsonl(file))
-            assert logged <= FIGURES | set(REWARDS), file
+    for arm in ("ppo_rm", "ppo_detector", "oracle", "grpo", "hacked"):
+        file = smoke_run / arm / "metrics.jsonl"
+        logged = set().union(*read_jsonl(file))
+        assert logged <= FIGURES | set(REWARDS), file
+        assert "pair_agreement" in logged and "kl_std" in logged, file
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ class TestTable:
         run = Run(tmp_path, str(tmp_path / "mine.yaml"))
         cfg = config_of(run, "mine")
         assert type(cfg) is STAGES["ppo"].config
-        assert (cfg.clip, cfg.beta, cfg.reward) == (0.1, 0.5, dict(rm=1.0, penalty=1.0))
+        assert (cfg.clip, cfg.beta, cfg.reward) == (0.1, 0.5, dict(rm=1.0))
         assert run.used["mine"] == asdict(cfg) | dict(kind="ppo")
         assert label_of(run, "mine") == "mine" and label_of(run, "dpo") == "DPO"
         run.layers["evaluate"] |= dict(arms=["mine"], headline="mine", curve="")
@@ -152,7 +152,9 @@ class TestTable:
 
     def own(self, tmp_path, text, *overrides):
         "Settings of the arm `mine` on a section `ppo` that says something of everything."
-        base = "ppo: {penalty: {weight: 2.0, coverage: 1.0}, lora: {alpha: 7}, kinds: {brief: 1}}\n"
+        groups = "penalty: {weight: 2.0, coverage: 1.0}, lora: {alpha: 7}"
+        mixtures = "kinds: {brief: 1}, reward: {rm: 1, penalty: 1}"
+        base = f"ppo: {{{groups}, {mixtures}}}\n"
         (tmp_path / "mine.yaml").write_text(base + text)
         return config_of(Run(tmp_path, str(tmp_path / "mine.yaml"), list(overrides)), "mine")
 
@@ -168,12 +170,12 @@ class TestTable:
         cfg = self.own(tmp_path, self.MINE)
         assert (cfg.reward, cfg.kinds) == (dict(truth=1.0), dict(brief=1.0))
         inherited = self.own(tmp_path, "mine: {kind: ppo}\n")
-        assert inherited.reward == dict(rm=1.0, penalty=1.0), "which arms.yaml says of ppo"
+        assert inherited.reward == dict(rm=1.0, penalty=1.0), "which the kind's section says"
         replaced = self.own(tmp_path, self.MINE, "mine.reward={length: -1}", "ppo.reward={rm: 3}")
         assert replaced.reward == dict(length=-1.0)
         below = self.own(tmp_path, "mine: {kind: ppo}\n", "ppo.reward={truth: 2}")
         assert below.reward == dict(truth=2.0)
-        assert config_of(Run(tmp_path, "smoke"), "gold").reward == dict(truth=1.0)
+        assert config_of(Run(tmp_path, "smoke"), "oracle").reward == dict(rm=1.0, oracle=1.0)
 
     def test_one_weight_may_be_changed_by_its_path(self, tmp_path):
         assert self.own(tmp_path, self.MINE, "mine.reward.length=-1").reward == dict(

@@ -63,8 +63,9 @@ def test_dropout_gives_the_same_bits(smoke_run, tmp_path, capsys, monkeypatch):
 
 def test_dropout_that_is_not_used_is_said(smoke_run, tmp_path, capsys):
     copy_stages(smoke_run, tmp_path / "run", "sft", "preferences", "reward")
-    assert main(smoke("ppo", tmp_path / "run", "--set", "ppo.lora.dropout=0.2")) == 0
-    assert "ppo.lora.dropout is not used" in capsys.readouterr().err
+    argv = smoke("ppo", tmp_path / "run", "--arm", "ppo_rm", "--set", "ppo.lora.dropout=0.2")
+    assert main(argv) == 0
+    assert "ppo_rm.lora.dropout is not used" in capsys.readouterr().err
 
 
 # --- files of other runs ----------------------------------------------------------------------
@@ -91,10 +92,10 @@ def test_of_another_seed(capsys, smoke_run, other_seed, tmp_path, file, verb):
 
 @pytest.mark.parametrize("sealed", [False, True], ids=["", "with its record"])
 def test_of_another_arm(capsys, smoke_run, tmp_path, sealed):
-    """The weights of `ppo_rm` in the place of those of `ppo`, also where the record comes along
+    """The weights of `oracle` in the place of those of `ppo_rm`, also where the record comes along
     with other names in it."""
     shutil.copytree(smoke_run, tmp_path / "run")
-    mine, theirs = tmp_path / "run" / "ppo", smoke_run / "ppo_rm"
+    mine, theirs = tmp_path / "run" / "ppo_rm", smoke_run / "oracle"
     shutil.copy(theirs / "actor.safetensors", mine / "actor.safetensors")
     if sealed:
         sums = json.loads((theirs / "done.json").read_text())["files"]
@@ -208,8 +209,8 @@ def test_answers_that_are_all_alike(capsys, smoke_run, tmp_path):
 def test_a_refused_command_changes_nothing(capsys, smoke_run, tmp_path):
     """Settings that are not those of a stage that is done, or begun, are refused before anything is
     made."""
-    copy_stages(smoke_run, tmp_path / "run", "sft", "preferences", "reward", "ppo")
+    copy_stages(smoke_run, tmp_path / "run", "sft", "preferences", "reward", "ppo_rm")
     assert main(smoke("sft", tmp_path / "run")) == 0  # writes the run's own record
     before = tree(tmp_path / "run")
     line = refused(capsys, *smoke("run", tmp_path / "run", "--set", "ppo.clip=0.1"))
-    assert "ppo.clip" in line and tree(tmp_path / "run") == before
+    assert "ppo_rm.clip" in line and tree(tmp_path / "run") == before

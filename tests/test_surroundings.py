@@ -39,8 +39,8 @@ def terminal(monkeypatch, name, encoding):
 @pytest.mark.parametrize("encoding", ["ascii", "koi8-r", "iso8859-2", "utf-8"])
 def test_terminals_without_a_sign(tmp_path, monkeypatch, encoding):
     "Are the table's ± and a message with half a sign, as file names may hold, printed everywhere?"
-    row = dict.fromkeys((*page.COLUMNS, "chair_i_low", "chair_i_high"), 0.5)
-    monkeypatch.setattr(record_module, "finished_report", lambda *a: dict(sft=row, ppo=row))
+    row = dict.fromkeys(page.COLUMNS, 0.5) | dict(intervals=dict(chair_i=(0.5, 0.5)))
+    monkeypatch.setattr(record_module, "finished_report", lambda *a: dict(sft=row, ppo_rm=row))
     out, err = (terminal(monkeypatch, name, encoding) for name in ("stdout", "stderr"))
     assert main(["run", *SMOKE, "--out", str(tmp_path / "out")]) == 0
     assert main(["sft", *SMOKE, "--set", "clip\udcff\u2026"]) == 2
@@ -116,7 +116,7 @@ BEYOND = [
     "ppo.actor_lr=1e10",
     "ppo.clip=nan",
     "ppo.beta=.inf",
-    "gold.kl_target=1e-300",
+    "oracle.kl_target=1e-300",
     "ppo.lora.alpha=1" + "0" * 41,
     "ppo.lora.r=1" + "0" * 20,
     f"ppo.lora.r={LONG}",

@@ -72,12 +72,14 @@ def check_run(run: Run):
 
 
 def check_links(run: Run, name: str, stages: list[str]):
-    "Raise UserError where a stage names one as its reward model, or as an arm, that is none."
+    "Raise UserError where a stage names one as reward model, detector or arm that is none."
     cfg = config_of(run, name)
     kinds = {stage: kind_of(run.layers, stage) for stage in stages}
     models = [stage for stage, kind in kinds.items() if kind == "reward"]
+    detectors = [stage for stage, kind in kinds.items() if kind == "detector"]
     policies = [stage for stage, kind in kinds.items() if kind not in NO_POLICY]
     named = [("reward_model", getattr(cfg, "reward_model", ""), "reward model", models)]
+    named += [("detector", getattr(cfg, "detector", ""), "detector", detectors)]
     named += [("arms", arm, "policy", policies) for arm in getattr(cfg, "arms", ())]
     named += [("curve", getattr(cfg, "curve", ""), "policy", policies)]
     for key, value, what, known in named:

@@ -229,11 +229,14 @@ def count(self: Algorithm, exp: Experience) -> int:
 @patch
 def forward(self: Algorithm, exp: Experience):
     loss, metrics = self.loss(exp)
+    if not self.cfg.anchor:
+        return loss, metrics
+    # A part without demonstrations says 0: all parts have the same figures.
+    forgotten = loss.new_zeros(())
     if exp.remember:
         forgotten = self.cfg.anchor * self.forgotten(exp.remember)
-        metrics["anchor"] = float(forgotten.detach() / self.count(exp))
-        loss = loss + forgotten
-    return loss, metrics
+    metrics["anchor"] = float(forgotten.detach() / self.count(exp))
+    return loss + forgotten, metrics
 
 
 @patch

@@ -172,6 +172,7 @@ def validate(
     return figures
 
 
+@torch.no_grad()
 def pair_agreement(algorithm: Algorithm, pairs: list[dict], chunk: int = 64) -> dict[str, float]:
     """How far a policy agrees with people's pairs, which no reward model can talk it into.
 
@@ -179,11 +180,11 @@ def pair_agreement(algorithm: Algorithm, pairs: list[dict], chunk: int = 64) -> 
     vlm, margins = algorithm.vlm, []
     for start in range(0, len(pairs), chunk):
         batch, rows = pair_batch(vlm, [pairs[start : start + chunk]])
-        moved = torch.zeros(batch.answers.shape[0], device=batch.answers.device)
-        for role, sign in ((algorithm.actor.name, 1), (None, -1)):
+        both = []
+        for role in (algorithm.actor.name, None):
             logits = vlm.rule_out(vlm.answer_logits(batch, role))
-            logprobs = token_logprobs(logits, batch.answers)
-            moved += sign * (logprobs * batch.answer_mask).sum(1)
+            both.append(token_logprobs(logits, batch.answers))
+        moved = ((both[0] - both[1]) * batch.answer_mask).sum(1)
         chosen, rejected, _ = pair_tensors(rows, moved.device)
         margins.append(moved[chosen] - moved[rejected])
     margins = torch.cat(margins)
@@ -390,12 +391,15 @@ def kept_in_mind(task: Task) -> Callable[[int], list[Prompt]]:
     cfg, run = task.cfg, task.run
     if not cfg.anchor:
         return lambda step: []
-    sft = config_of(run, "sft")
-    kinds = {kind: share for kind, share in sft.kinds.items() if kind not in cfg.kinds}
+    sft, asked = config_of(run, "sft"), {kind for kind, share in cfg.kinds.items() if share}
+    kinds = {kind: share for kind, share in sft.kinds.items() if kind not in asked}
     if not any(kinds.values()):
         raise UserError(f"{task.name}.anchor: every kind of SFT's is asked already; leave it out")
     language = replace(sft.language, batch=max(1, cfg.answers // 4))
-    return run.source.demonstrations(replace(sft, kinds=kinds, language=language), run.seed, False)
+    sft = replace(sft, kinds=kinds, language=language)
+    demonstrations = run.source.demonstrations(sft, run.seed, False)
+    # Where a picture gives no question of a kind, a source may have taken one of another kind.
+    return lambda step: [p for p in demonstrations(step) if p.kind not in asked]
 
 
 def make_policy(task: Task, algorithm: Algorithm) -> dict:

@@ -79,22 +79,24 @@ def learned_reward(judges: Judges, roll: Rollout, texts: list[str], step: int) -
 @reward("penalty")
 def hallucination_penalty(judges: Judges, roll: Rollout, texts: list[str], step: int):
     "(B,) Points for false claims and for coverage, as a detector sees the pictures."
-    return penalty_points(judges, judges.detector, roll, texts, step)
+    return penalty_points(judges, "penalty", judges.detector, roll, texts, step)
 
 
 @reward("oracle")
 def oracle_penalty(judges: Judges, roll: Rollout, texts: list[str], step: int):
     "(B,) The same points by the truth itself: an upper bound, which no real run has."
-    return penalty_points(judges, judges.source, roll, texts, step)
+    return penalty_points(judges, "oracle", judges.source, roll, texts, step)
 
 
-def penalty_points(judges: Judges, who, roll: Rollout, texts: list[str], step: int):
+def penalty_points(judges: Judges, name: str, who, roll: Rollout, texts: list[str], step: int):
     """(B,) The penalty by the counts of whoever judges; 0 where an answer is about no picture.
 
     Raises UserError where none of the answers can be judged: nothing would be paid."""
+    if who is None:
+        raise UserError(f"reward {name}: there is no detector that could see false claims")
     counts = [who.judge(p, text) for p, text in zip(roll.prompts, texts)]
     if not any(counts):
-        raise UserError("reward penalty: nobody can judge any of the answers; leave it out")
+        raise UserError(f"reward {name}: nobody can judge any of the answers; leave it out")
     return judges.points([0.0 if c is None else penalty(c, judges.penalty, step) for c in counts])
 
 
