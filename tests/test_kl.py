@@ -147,6 +147,13 @@ class TestControllers:
         assert ProportionalController(0.001, 6.0).update(0.0) == 0.001
 
     @pytest.mark.parametrize("cls", [AdaptiveController, ProportionalController])
+    def test_no_leash_stays_none(self, cls):
+        "β = 0, as Dr. GRPO has it, is not raised to the lower limit."
+        c = cls(0.0, 6.0)
+        assert [c.update(kl) for kl in (0.0, 6.0, 1e9)] == [0.0, 0.0, 0.0]
+        assert cls(1e-9, 6.0).update(0.0) == 0.001
+
+    @pytest.mark.parametrize("cls", [AdaptiveController, ProportionalController])
     def test_state(self, cls):
         a, b = cls(0.1, 6.0), cls(0.1, 6.0)
         for _ in range(3):

@@ -853,6 +853,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'vlmrlhf_course.rl.grpo.watched': ('grpo.html#watched', 'vlmrlhf_course/rl/grpo.py'),
                                         'vlmrlhf_course.rl.grpo.whole_kl': ('grpo.html#whole_kl', 'vlmrlhf_course/rl/grpo.py')},
             'vlmrlhf_course.rl.kl': { 'vlmrlhf_course.rl.kl.AdaptiveController': ('kl.html#adaptivecontroller', 'vlmrlhf_course/rl/kl.py'),
+                                      'vlmrlhf_course.rl.kl.AdaptiveController.__post_init__': ( 'kl.html#adaptivecontroller.__post_init__',
+                                                                                                 'vlmrlhf_course/rl/kl.py'),
                                       'vlmrlhf_course.rl.kl.AdaptiveController.load_state_dict': ( 'kl.html#adaptivecontroller.load_state_dict',
                                                                                                    'vlmrlhf_course/rl/kl.py'),
                                       'vlmrlhf_course.rl.kl.AdaptiveController.state_dict': ( 'kl.html#adaptivecontroller.state_dict',

@@ -80,7 +80,7 @@ def cohen_kappa(
 def fleiss_kappa(
     counts: list[list[int]],  # (items, categories): how many raters chose each category; equal sums
 ) -> float:  # 1 full agreement, 0 as by chance
-    "Agreement of several raters beyond chance. Source: Fleiss 1971, eq. 4–7."
+    "Agreement of several raters beyond chance. Source: Fleiss 1971."
     if not counts:
         raise ValueError("no item was rated twice, so nobody could agree or disagree")
     n, raters = len(counts), sum(counts[0])

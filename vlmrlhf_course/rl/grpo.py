@@ -38,7 +38,9 @@ def rloo_advantages(
     scores: torch.Tensor,  # (B,) answers to one prompt stand behind each other
     k: int,  # answers to each prompt, two or more
 ) -> torch.Tensor:  # (B,)
-    "Each score against the mean of the others of its group. Source: Ahmadian et al. 2024."
+    """Each score against the mean of the others of its group.
+
+    Source: Kool, van Hoof & Welling 2019; for language models Ahmadian et al. 2024."""
     groups = scores.view(-1, k)
     others = (groups.sum(1, keepdim=True) - groups) / (k - 1)
     return (groups - others).flatten()
@@ -55,7 +57,8 @@ def per_length(
 ) -> torch.Tensor:  # (B,)
     """What each answer adds: its mean (`answer`), its sum over a constant length, or its sum.
 
-    Source: `answer` Shao et al. 2024 (DeepSeekMath), eq. 3; `constant` Liu et al. 2025."""
+    Source: `answer` Shao et al. 2024 (DeepSeekMath), eq. 3; `tokens` Yu et al. 2025 (DAPO);
+    `constant` Liu et al. 2025 (Dr. GRPO)."""
     summed = (losses * mask).sum(1)
     if length == "answer":
         return summed / mask.sum(1).clamp(min=1)
@@ -103,7 +106,7 @@ def rloo_loss(
 # %% ../../nbs/13_grpo.ipynb #config
 @dataclass(frozen=True)
 class GRPOConfig(RLConfig):
-    "One GRPO run. Dr. GRPO: `scale=False, length='constant'`."
+    "One GRPO run. Dr. GRPO: `scale=False, length='constant', beta=0`."
 
     answers_per_prompt: int = 4
     scale: bool = True  # divide advantages by the group's standard deviation

@@ -46,12 +46,17 @@ def kl_estimate(
 # %% ../../nbs/08_kl.ipynb #control
 @dataclass
 class AdaptiveController:
-    "β×1.5 where KL > 1.5·target, β×0.75 where KL < 0.5·target; kept in [low, high]."
+    """β×1.5 where KL > 1.5·target, β×0.75 where KL < 0.5·target; kept in [low, high]. Who starts
+    at 0 wants no leash and gets none."""
 
     beta: float = 0.1
     target: float = 6.0
     low: float = 0.001
     high: float = 10.0
+
+    def __post_init__(self):
+        if self.beta == 0:
+            self.low = 0.0
 
     def update(self, kl: float) -> float:
         "Take this step's mean KL of a whole answer; returns the new β."
@@ -68,7 +73,7 @@ class AdaptiveController:
     def load_state_dict(self, state):
         self.beta = state["beta"]
 
-
+# %% ../../nbs/08_kl.ipynb #control-2
 @dataclass
 class ProportionalController(AdaptiveController):
     "β ← β·(1 + gain·clip(KL/target − 1, ±0.2)). Source: Ziegler et al. 2019, section 2.2."

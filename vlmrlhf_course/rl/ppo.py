@@ -46,8 +46,8 @@ def value_loss(
 ) -> torch.Tensor:  # scalar: the SUM over real tokens
     """Clipped squared error of the critic, halved.
 
-    Source: the code of OpenAI's baselines (ppo2) and of Ziegler et al. 2019; in no paper's formula.
-    Andrychowicz et al. 2021 found that the clip harms in control tasks."""
+    Not in the PPO paper but in OpenAI's code. Source: Engstrom et al. 2020, section 3, the first
+    optimisation. Andrychowicz et al. 2021, choice C13, find that the clip hurts."""
     old, target = old_values.detach(), returns.detach()
     near = old + (values - old).clamp(-clip, clip)
     return 0.5 * (torch.maximum((values - target) ** 2, (near - target) ** 2) * mask).sum()

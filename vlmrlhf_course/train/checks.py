@@ -70,7 +70,8 @@ def reliability(
     observed: torch.Tensor,  # (N,) share of annotators who prefer it
     bins: int = 10,
 ) -> tuple[torch.Tensor, float]:  # table (k, 3), and the expected calibration error
-    """Reliability diagram and expected calibration error. Source: Guo et al. 2017, eq. 3.
+    """Reliability diagram and expected calibration error, after Guo et al. 2017. (They bin the
+    confidence in the predicted class and count whether it is right.)
 
     The table has a row for each bin that is not empty: mean prediction, mean observation, size."""
     which = torch.bucketize(predicted, torch.linspace(0, 1, bins + 1)[1:-1])

@@ -75,7 +75,9 @@ class Idefics(Family, kind="idefics3"):
 
 # %% ../../../nbs/93b_tiles.ipynb #intern
 class InternVL(Family, kind="internvl"):
-    "InternVL 2.5, 3 (Chen et al. 2024): tiles, patches folded to wider ones before the projector."
+    """Tiles, patches folded to wider ones before the projector.
+
+    Source: InternVL 2.5, Chen et al. 2024; InternVL3, Zhu et al. 2025 (arXiv 2504.10479)."""
 
     uniform = False
 
