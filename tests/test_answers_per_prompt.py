@@ -130,3 +130,18 @@ def test_whole_prompts_are_computed_at_once(k, micro, at_once):
     "… where they fit into a micro-batch."
     cfg = PPOConfig(answers=24, minibatch=24, answers_per_prompt=k, micro_batch=micro)
     assert cfg.at_once == at_once
+
+
+def test_five_pictures_with_eight_questions(tiny, tmp_path):
+    policy, scores, pool = small_ppo(tiny)
+    about = [replace(p, text=f"is there a {noun} ?") for p in pool[:2] for noun in ("cat", "cup")]
+    policy.cfg = replace(policy.cfg, answers=4)
+    assert train(policy, scores, about, about[:2], tmp_path / "four").emergencies == 0
+
+
+def test_more_answers_than_questions_are_refused_before_training(tiny, tmp_path):
+    policy, scores, pool = small_ppo(tiny)
+    line = r"answers .6. / answers_per_prompt .1.: 6 different questions .* wanted, 5 there; lower"
+    with pytest.raises(UserError, match=line):
+        train(policy, scores, pool[:5], pool[:2], tmp_path / "ppo")
+    assert not (tmp_path / "ppo").exists()

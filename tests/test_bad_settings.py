@@ -162,6 +162,8 @@ def test_command_line(capsys, tmp_path, argv, words):
         ("sft.projector=[]", ["--set", "sft.projector"]),
         ("sft.language=[1,[2,3]]", ["--set", "sft.language"]),
         ("ppo.penalty.count_power=1e4", ["count_power=10000"]),
+        ("ppo.penalty.count=5", ["ppo: count=5", "(-inf, 0]"]),
+        ("ppo.penalty.place=0.1", ["place=0.1", "(-inf, 0]"]),
         ("ppo.iterations=2.5", ["ppo", "2.5"]),
     ],
 )
@@ -241,3 +243,33 @@ def test_more_scenes_than_there_are():
         sample_scenes(2000, "test", 0, few)
     with pytest.raises(UserError, match="'tset'"):
         sample_scenes(1, "tset")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("half: {kind: ppo}", ["'half'", "PyTorch's modules", "another name"]),
+        ("train: {kind: dpo}", ["'train'", "another name"]),
+        ("type: {kind: grpo}", ["'type'", "another name"]),
+        ("seed: {kind: ppo}", ["'seed'", "every record", "another name"]),
+        ("environment: {kind: ppo}", ["'environment'", "every record"]),
+        ("x: {kind: ppo, critic: adapter}\nx_critic: {kind: rloo}", ["x_critic", "critic=adapter"]),
+        ("second: {kind: evaluate, arms: [ppo]}", ["second.kind='evaluate'", "only one"]),
+    ],
+)
+def test_names_and_kinds_that_no_arm_can_have(capsys, tmp_path, monkeypatch, text, words):
+    no_stage(monkeypatch)
+    (tmp_path / "mine.yaml").write_text(text + "\n")
+    line = refused(capsys, "sft", "--scale", tmp_path / "mine.yaml", "--out", tmp_path / "out")
+    assert all(w in line for w in words) and not (tmp_path / "out").exists(), line
+
+
+def test_an_arm_whose_kind_is_no_verb(capsys, tmp_path, monkeypatch):
+    "`vlmrlhf run` starts arms by their verb; hours later it would find that there is none."
+    no_stage(monkeypatch)
+    monkeypatch.setitem(STAGES, "mine", STAGES["ppo"])
+    own = tmp_path / "mine.yaml"
+    for text in ("my: {kind: mine}", "evaluate: {arms: [mine], headline: mine, curve: }"):
+        own.write_text(text + "\n")
+        line = refused(capsys, "run", "--scale", own, "--out", tmp_path / "out")
+        assert "kind='mine'" in line and "`help` in recipes/arms.yaml" in line, line

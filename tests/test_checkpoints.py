@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from commands import tree
+from small_models import SMALL, small_ppo
 from torch import nn
 
 from vlmrlhf_course.base import files
@@ -13,9 +14,13 @@ from vlmrlhf_course.base.checkpoints import Checkpoints
 from vlmrlhf_course.base.files import write_jsonl, write_text
 from vlmrlhf_course.base.launch import make_accelerator
 from vlmrlhf_course.base.metrics import MetricLog
-from vlmrlhf_course.base.records import read_jsonl
+from vlmrlhf_course.base.records import digest_of, read_jsonl
 from vlmrlhf_course.base.settings import UserError
+from vlmrlhf_course.model.vlm import VLM
+from vlmrlhf_course.rl import loop
+from vlmrlhf_course.rl.ppo import PPO
 from vlmrlhf_course.train.fit import FitConfig, fit
+from vlmrlhf_course.world.llava import build_model, build_processor
 
 
 def raising(error):
@@ -308,3 +313,18 @@ def test_one_process_sweeps(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "is_main", lambda: True)
     files.sweep(tmp_path)
     assert not list((tmp_path / "fit").iterdir())
+
+
+def test_checkpoints_of_another_algorithm_are_not_taken(tmp_path, monkeypatch):
+    "With the same settings, prompts and folder: what decides is which algorithm it was."
+
+    class Twin(PPO):
+        pass
+
+    of = []
+    policy, scores, pool = small_ppo(VLM(build_model(SMALL), build_processor(SMALL)), iterations=1)
+    monkeypatch.setattr(loop, "digest_of", lambda what: of.append(digest_of(what)) or of[-1])
+    for kind in (PPO, PPO, Twin):
+        policy.__class__ = kind
+        loop.train(policy, scores, pool, pool[:2], tmp_path / str(len(of)) / "arm")
+    assert of[0] == of[1] != of[2]

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from vlmrlhf_course.base.config import arms_layer
 from vlmrlhf_course.base.runs import Run
 from vlmrlhf_course.base.settings import UserError
+from vlmrlhf_course.data.prompts import Prompt
 from vlmrlhf_course.model.roles import LoRAConfig
 from vlmrlhf_course.model.vlm import VLM, answer, token_logprobs
 from vlmrlhf_course import pipeline  # noqa: F401  (fills the table of stages)
 from vlmrlhf_course.report.evaluate import EvaluateConfig, Policies, bootstrap_interval
-from vlmrlhf_course.report.evaluate import figures, speak_greedily
+from vlmrlhf_course.report.evaluate import figures, quiz, speak_greedily
 from vlmrlhf_course.report.page import COLUMNS, Findings, over_optimisation_figure, report_html
 from vlmrlhf_course.report.page import row_names, text_table
 from vlmrlhf_course.report.record import curve, training_curves
@@ -187,3 +188,29 @@ def test_report_of_a_run(smoke_run):
     assert {"accuracy", "yes_rate"} <= report["pope"]["sft"].keys()
     assert "±" in page and "POPE" in page
     assert {"kl", "reward", "true_score"} == report["over_optimisation"].keys()
+
+
+class Counted:
+    "What the penalty must know, and no more: the contract `Counts`."
+
+    false_objects, false_attributes, false_relations = ("fish",), (), ()
+    count_right = place_right = None
+    recall = 0.5
+
+
+def test_counts_are_enough_for_an_evaluation(small, monkeypatch):
+    "The interval needs mentions, too; without them there is none, and the table shows the share."
+    monkeypatch.setattr(DrawnWorld, "judge", lambda *a: Counted())
+    monkeypatch.setattr(DrawnWorld, "summarise", lambda self, verdicts: dict(chair_i=0.25))
+    f = figures(DrawnWorld(), detail_prompts([SCENE]), ["a cat ."], small[1])
+    assert f["chair_i"] == 0.25 and "chair_i_low" not in f
+    assert text_table(dict(sft=f), NAMES).splitlines()[1].split()[1] == "0.250"
+
+
+@pytest.mark.parametrize("said, yes", [("Yes .", 1), (" yes, it is", 1), ("YES", 1), ("No .", 0)])
+def test_yes_is_yes_however_it_is_written(small, monkeypatch, said, yes):
+    monkeypatch.setattr(
+        "vlmrlhf_course.report.evaluate.answer", lambda *a, **k: [said, "yesterday"]
+    )
+    asked = [Prompt("exists", "is there a cat ?", text, None) for text in ("Yes.", "no .")]
+    assert quiz(small[0], asked)["accuracy"] == (1 + yes) / 2

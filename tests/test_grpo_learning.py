@@ -300,3 +300,14 @@ def test_dpo_and_grpo_share_a_trunk_without_touching(vlm, prompts, odd_reward):
     assert same(before, vlm), "DPO changed a weight that is not its own"
     after, _ = dpo(dpo.collate([[row]]))
     assert after.item() < loss.item()
+
+
+def test_what_rloo_clips_is_whole_answers(spoken):
+    algorithm, roll, reading, score = spoken(RLOO, RLOOConfig, clip=0.1)
+    exp, _ = algorithm.experience(roll, reading, score, None, 0.5, None)
+    with torch.no_grad():
+        shake(algorithm)
+        _, metrics = algorithm.loss(exp)
+        logprobs, _ = algorithm.policy(exp.batch)
+    moved = ((logprobs - roll.logprobs) * roll.batch.answer_mask).sum(1).exp() - 1
+    assert metrics["clipped"] == pytest.approx(float((moved.abs() > 0.1).double().mean()))

@@ -1,6 +1,8 @@
 """Weights and figures that are no numbers: noticed, rolled back, or said in a line."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +13,9 @@ from vlmrlhf_course.base.records import read_jsonl
 from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.model.vlm import VLM
 from vlmrlhf_course.report import evaluate as evaluate_module
-from vlmrlhf_course.report.page import Findings, before_after_figure
+from vlmrlhf_course.report.page import Findings, before_after_figure, html_card, picture_of
 from vlmrlhf_course.report.record import curve
-from vlmrlhf_course.rl import rollout
+from vlmrlhf_course.rl import loop, rollout
 from vlmrlhf_course.rl.loop import train
 from vlmrlhf_course.world.llava import build_model, build_processor
 from vlmrlhf_course.world.scenes import describe
@@ -77,6 +79,32 @@ def test_never_finite_ends_with_a_line(tmp_path, monkeypatch):
         train(policy, scores, pool, pool[:2], tmp_path / "ppo")
 
 
+def never_validated(monkeypatch):
+    "Answers can be sampled to learn from, and not to validate."
+    once = loop.try_sample
+
+    def sometimes(*args, reduce=None):
+        return once(*args, reduce=reduce) if reduce else None
+
+    monkeypatch.setattr(loop, "try_sample", sometimes)
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_the_sft_model_is_not_a_result(tmp_path, monkeypatch, keep):
+    "No validation was a number, and the weights are those of the beginning: no policy to keep."
+    rates = dict(actor_lr=0.0, critic_lr=0.0) if keep == "last" else {}
+    policy, scores, pool = small(keep=keep, **rates)
+    never_validated(monkeypatch)
+    with pytest.raises(UserError, match="ppo: no validation was a number.*actor_lr"):
+        train(policy, scores, pool, pool[:2], tmp_path / "ppo")
+
+
+def test_what_was_learned_last_is_a_result_without_a_validation(tmp_path, monkeypatch):
+    policy, scores, pool = small(keep="last")
+    never_validated(monkeypatch)
+    assert not math.isfinite(train(policy, scores, pool, pool[:2], tmp_path / "ppo").best)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_sampling_notices(vlm, prompts, value):
     "Whatever is not finite in the logits."
@@ -105,3 +133,26 @@ def test_nothing_false_to_show():
     assert found([]).worst(3) == []
     before_after_figure(found([describe(SCENE)]), [0])
     assert found([describe(SCENE), "a blue fish ."]).worst(3) == [1]
+
+
+def test_answers_without_marks_stay_in_the_report():
+    "A source that cannot mark says so with []; the words are there, and none of them is red."
+    for marks in ([], None, [True], [True] * 99):
+        source = SimpleNamespace(mark=lambda prompt, text: marks)
+        unmarked = replace(found(["a blue fish ."]), source=source)
+        unmarked.worst(3)
+        page = html_card(unmarked, 0)
+        assert page.count("fish") == 2 and page.count("<mark>a</mark>") == 2 * bool(marks)
+        written = [text.get_text() for text in before_after_figure(unmarked, [0]).axes[1].texts]
+        assert written.count("fish") == 2
+
+
+@pytest.mark.parametrize("image", [(f"scene:{SCENE}", "blank"), ("blank",), None])
+def test_prompts_with_several_pictures_or_none(image):
+    several = found(["a cat ."])
+    several.source = SimpleNamespace(mark=lambda prompt, text: [])
+    several.prompts = [replace(several.prompts[0], image=image)]
+    assert "data:image/png" in html_card(several, 0)
+    before_after_figure(several, [0])
+    wide = 288 * max(1, len(image or ()))
+    assert picture_of(several.prompts[0]).size == (wide, 288)

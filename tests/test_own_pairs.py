@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -62,4 +63,35 @@ def test_rankings_with_ties_are_refused_in_a_line(run):
 
     run.source.rank = tied
     with pytest.raises(UserError, match="rank without ties"):
+        obtain(run, "preferences")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda row: row.pop("rejected"), "no 'rejected'"),
+        (lambda row: row.update(image=Path("cat.png")), "cannot be written as JSON"),
+        (lambda row: row.update(image="no/such.png"), "no/such.png"),
+        (lambda row: row.update(chosen="a cat"), "chosen is cut off"),
+        (lambda row: row.update(rejected=row["chosen"]), "chosen equals rejected"),
+        (lambda row: row.update(weight=float("nan")), "weight is not a finite number"),
+    ],
+)
+def test_a_bad_pair_is_found_before_anything_is_written(run, change, words):
+    "Sealed, it could never be read again; and the message must say whose pair it is."
+    row = run.source.own["validation"][1] = dict(run.source.own["validation"][1])
+    good = dict(row)
+    change(row)
+    line = f"Labelled.pairs.'validation'., number 1: .*{words}.*mend that pair, or leave it out"
+    with pytest.raises(UserError, match=line) as e:
+        obtain(run, "preferences")
+    assert "\n" not in str(e.value)
+    assert not list(run.path("preferences").glob("*.jsonl"))
+    run.source.own["validation"][1] = good
+    assert obtain(run, "preferences")[1][1] == good, "the mended pair is taken"
+
+
+def test_a_source_without_pairs_says_none(run):
+    run.source.own["train"] = []
+    with pytest.raises(UserError, match="Labelled.pairs.'train'.: no pairs; give some; or None"):
         obtain(run, "preferences")

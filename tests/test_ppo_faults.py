@@ -144,11 +144,11 @@ def test_an_iteration_without_a_sound_update_is_logged(tmp_path, monkeypatch):
 
 def test_a_broken_reward_model_stops_the_run(tmp_path):
     """The likeliest cause in practice: one reward that is
-    not a number spoils every advantage of the batch."""
+    not a number would spoil every advantage of the batch."""
     policy, rm, prompts = start(config())
     with torch.no_grad():
         rm.head.out.bias.fill_(float("nan"))
-    with pytest.raises(UserError, match="arm, step 0"):
+    with pytest.raises(UserError, match="reward rm: nan for the answer"):
         run(tmp_path, policy, rm, prompts)
     for n, p in policy.named_parameters():
         if ".actor." in n or n.startswith("critic."):

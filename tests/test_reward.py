@@ -1,6 +1,8 @@
 "Heads, token scores, early stopping and checks of a reward model, as formulas."
 
 import math
+import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +13,10 @@ from torch.testing import assert_close
 from vlmrlhf_course.data.prompts import Prompt
 from vlmrlhf_course.train.checks import composite_weights, consistency, crossed_pairs, diagnose
 from vlmrlhf_course.train.checks import gated_score, reliability, segment_scores
-from vlmrlhf_course.train.reward import ScoreHead, early_stop, last_real, swap_pictures
+from vlmrlhf_course.train.dpo import DPOConfig, train_dpo
+from vlmrlhf_course.train.fit import FitConfig, in_epochs
+from vlmrlhf_course.train.reward import RewardConfig, ScoreHead, early_stop, last_real
+from vlmrlhf_course.train.reward import swap_pictures, train_reward
 
 
 def test_last_real():
@@ -163,3 +168,23 @@ def test_batch_norm_counts_real_tokens_only():
     assert_close(head(x, mask)[mask], head(dirty, mask)[mask])
     weight = sum((1 - 0.1) ** i * 0.1 for i in range(2))  # of a moving average, after two batches
     assert_close(head.norm.running_mean, weight * x[mask].mean(0))
+
+
+def test_a_batch_is_as_large_as_it_says():
+    "Also where it holds several epochs: 12 from 4 groups are each of them three times."
+    items_at = in_epochs(list(range(4)), 12, "reward/0")
+    for step in range(3):
+        assert sorted(items_at(step)) == sorted([*range(4)] * 3)
+    across = in_epochs(list(range(4)), 3, "reward/0")
+    assert [i for step in range(4) for i in across(step)] == items_at(0)
+
+
+@pytest.mark.parametrize("trainer, config", [(train_reward, RewardConfig), (train_dpo, DPOConfig)])
+def test_both_trainers_take_their_batches_there(trainer, config, monkeypatch, tmp_path):
+    taken = []
+    module = sys.modules[trainer.__module__]
+    monkeypatch.setattr(module, "fit", lambda task, items_at, *a, **k: taken.append(items_at(1)))
+    monkeypatch.setattr("vlmrlhf_course.train.reward.fix_scale", lambda rm, pairs: None)
+    rows = [dict(image=None, prompt=str(i), chosen="a .", rejected="b .") for i in range(4)]
+    trainer(mock.MagicMock(), rows, config(fit=FitConfig(batch=12)), tmp_path)
+    assert len(taken[0]) == 12

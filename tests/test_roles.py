@@ -47,6 +47,23 @@ def test_a_role_starts_only_from_its_own_kind(first, second):
     vlm.add_role("critic", first, like="reward")
 
 
+def test_who_is_no_role_does_not_speak(vlm, prompts):
+    "The trunk's answers under a misspelt name would be the SFT model's, and pass for a policy's."
+    vlm.add_role("actor", SMALL_LORA)
+    batch = vlm.batch(prompts[:2], ["a cat ."] * 2)
+    works = (
+        lambda: answer(vlm, prompts[:2], role="actr"),
+        lambda: sample(vlm, prompts[:2], "actr"),
+        lambda: vlm.answer_logits(batch, "actr"),
+        lambda: vlm.add_role("critic", SMALL_LORA, like="actr"),
+    )
+    for work in works:
+        with pytest.raises(KeyError, match="no role 'actr'.*did you mean 'actor'.*there is actor"):
+            work()
+    with pytest.raises(KeyError, match="no role"), merged(vlm, "actr"):
+        pass
+
+
 def test_a_full_copy_has_no_adapters():
     "Not even the note of where the trunk had some."
     vlm = VLM(build_model(SMALL), build_processor(SMALL))

@@ -1,15 +1,18 @@
 """Settings, overrides, configurations and the stages of a run."""
 
+import json
 import os
 import signal
 import time
 from dataclasses import asdict, dataclass, field, fields
+from types import SimpleNamespace
+from typing import get_origin
 
 import pytest
 from commands import tree
 
 from vlmrlhf_course.base import files
-from vlmrlhf_course.base.config import arms_layer, build_config, load_layers, scales
+from vlmrlhf_course.base.config import MIXTURES, arms_layer, build_config, load_layers, scales
 from vlmrlhf_course.base.folders import lock, unlock
 from vlmrlhf_course.base.runs import META, Run
 from vlmrlhf_course.base.settings import Settings, UserError, load_settings, nearest
@@ -23,6 +26,7 @@ from vlmrlhf_course.base.stages import (
     uses_of,
 )
 from vlmrlhf_course.pipeline import course_run
+from vlmrlhf_course.world.scenes import WorldConfig
 
 
 @dataclass(frozen=True)
@@ -137,12 +141,88 @@ class TestTable:
         cfg = config_of(run, "mine")
         assert type(cfg) is STAGES["ppo"].config
         assert (cfg.clip, cfg.beta, cfg.reward) == (0.1, 0.5, dict(rm=1.0, penalty=1.0))
-        assert run.used["mine"] == asdict(cfg)
+        assert run.used["mine"] == asdict(cfg) | dict(kind="ppo")
         assert label_of(run, "mine") == "mine" and label_of(run, "dpo") == "DPO"
         run.layers["evaluate"] |= dict(arms=["mine"], headline="mine", curve="")
         assert before(run, "evaluate") == ["sft", "preferences", "reward", "mine"]
         assert {"mine", "reward", "sft"} <= uses_of(run, "evaluate").keys()
         assert "ppo" not in uses_of(run, "evaluate")
+
+    MINE = "mine: {kind: ppo, penalty: {ramp: 100}, lora: {r: 2}, reward: {truth: 1}}\n"
+
+    def own(self, tmp_path, text, *overrides):
+        "Settings of the arm `mine` on a section `ppo` that says something of everything."
+        base = "ppo: {penalty: {weight: 2.0, coverage: 1.0}, lora: {alpha: 7}, kinds: {brief: 1}}\n"
+        (tmp_path / "mine.yaml").write_text(base + text)
+        return config_of(Run(tmp_path, str(tmp_path / "mine.yaml"), list(overrides)), "mine")
+
+    def test_groups_are_merged_key_by_key(self, tmp_path):
+        "`penalty: {ramp: 100}` does not take the points away that the kind's section gives."
+        cfg = self.own(tmp_path, self.MINE, "mine.penalty.object=-3")
+        known = (cfg.penalty.weight, cfg.penalty.coverage, cfg.penalty.ramp, cfg.penalty.object)
+        assert known == (2.0, 1.0, 100, -3.0)
+        assert (cfg.lora.r, cfg.lora.alpha) == (2, 7)
+
+    def test_mixtures_are_replaced_whole(self, tmp_path):
+        "By the arm, by the kind's section, by --set; the last one counts."
+        cfg = self.own(tmp_path, self.MINE)
+        assert (cfg.reward, cfg.kinds) == (dict(truth=1.0), dict(brief=1.0))
+        inherited = self.own(tmp_path, "mine: {kind: ppo}\n")
+        assert inherited.reward == dict(rm=1.0, penalty=1.0), "which arms.yaml says of ppo"
+        replaced = self.own(tmp_path, self.MINE, "mine.reward={length: -1}", "ppo.reward={rm: 3}")
+        assert replaced.reward == dict(length=-1.0)
+        below = self.own(tmp_path, "mine: {kind: ppo}\n", "ppo.reward={truth: 2}")
+        assert below.reward == dict(truth=2.0)
+        assert config_of(Run(tmp_path, "smoke"), "gold").reward == dict(truth=1.0)
+
+    def test_one_weight_may_be_changed_by_its_path(self, tmp_path):
+        assert self.own(tmp_path, self.MINE, "mine.reward.length=-1").reward == dict(
+            truth=1.0, length=-1.0
+        )
+        plain = "mine: {kind: ppo}\n"
+        added = dict(rm=1.0, penalty=1.0, truth=1.0)
+        assert self.own(tmp_path, plain, "mine.reward.truth=1").reward == added
+        assert self.own(tmp_path, plain, "ppo.reward.truth=1").reward == added
+        assert self.own(tmp_path, self.MINE, "ppo.reward.rm=9").reward == dict(truth=1.0)
+        assert self.own(tmp_path, "mine: {kind: ppo, reward.truth: 1}\n").reward == added
+        run = Run(tmp_path, "smoke", ["grpo.reward.truth=1"])
+        assert config_of(run, "grpo").reward == dict(rm=1.0, truth=1.0), "added to the default"
+        again = Run(tmp_path, layers=json.loads(json.dumps(run.layers)))  # as an arm gets it
+        assert config_of(again, "grpo") == config_of(run, "grpo")
+
+    def test_every_mixture_is_known_as_one(self):
+        "Whether a setting is a mixture is read off its name, before its dataclass is known."
+        for kind, stage in [*STAGES.items(), ("world", SimpleNamespace(config=WorldConfig))]:
+            for field in fields(stage.config):
+                mixture = get_origin(field.type) is dict
+                assert mixture == (field.name in MIXTURES), f"{kind}.{field.name}"
+
+    def test_a_record_knows_the_kind_of_an_arm(self, tmp_path, monkeypatch):
+        "Two algorithms with the same settings: the one's actor is not the other's."
+        monkeypatch.setitem(STAGES, "twin", STAGES["rloo"])
+
+        def uses(name, kind):
+            return uses_of(Run(tmp_path, layers=dict(same=dict(kind=kind))), name)
+
+        assert uses("same", "rloo")["same"]["kind"] == "rloo"
+        assert uses("same", "rloo") != uses("same", "twin")
+        assert uses("rloo", "twin") == uses("rloo", "rloo"), (
+            "of another arm, which it does not need"
+        )
+        run = Run(tmp_path, "smoke")
+        small = Run(
+            tmp_path, "smoke", ["reward_small.kind=reward", "ppo.reward_model=reward_small"]
+        )
+        assert "kind" not in uses_of(run, "ppo")["ppo"]
+        assert uses_of(small, "ppo")["reward_small"]["kind"] == "reward"
+
+    def test_another_kind_is_not_continued(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(STAGES, "twin", STAGES["rloo"])
+        folder = tmp_path / "same"
+        run, other = (Run(tmp_path, layers=dict(same=dict(kind=kind))) for kind in ("rloo", "twin"))
+        assert not run.done("same", uses_of(run, "same"))
+        with pytest.raises(UserError, match=f"{folder}: made with other settings .same.kind."):
+            other.done("same", uses_of(other, "same"))
 
 
 class TestConfig:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, strategies as st
 from small_models import SMALL_LORA, close, push, seeds, shake
 
+from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.data.prompts import Prompt
 from vlmrlhf_course.model.vlm import answer, token_logprobs
 from vlmrlhf_course.rl.rollout import length_groups, padding_share, plan_prompts, sample, texts
@@ -55,8 +56,17 @@ class TestPlan:
         assert len(set(images)) == len(images) == n - round(n * share)
 
     def test_too_few_pictures(self):
-        with pytest.raises(ValueError, match="9 different pictures wanted, 8 there"):
+        with pytest.raises(UserError, match="9 different questions about pictures wanted, 8 there"):
             self.plan(9)
+
+    def test_several_questions_about_a_picture(self):
+        "Each once where there are fewer pictures than questions are asked; else no picture twice."
+        asked = [Prompt("exists", f"q{i} ?", "", f"img{i % 5}") for i in range(40)]
+        out = self.plan(33, pool=asked * 2)
+        assert len(set(out)) == 33
+        assert len({p.image for p in self.plan(5, pool=asked)}) == 5
+        with pytest.raises(UserError, match="41 different questions about pictures wanted, 40"):
+            self.plan(41, pool=asked)
 
     def test_no_text_there(self):
         assert all(p.image for p in self.plan(4, 0.5, pool=self.about_pictures))

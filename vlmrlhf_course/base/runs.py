@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from .checkpoints import clear_checkpoints
-from .config import build_config, load_layers
+from .config import build_config, load_layers, merge_sections
 from .files import MANIFEST, added, changed, damage, sweep, write_known
 from .files import write_text
 from .folders import RUN, agrees, claim, has_record, lock, locked, only_log
@@ -46,16 +46,16 @@ class Run:
         self.source, self.kept = None, {}  # where data comes from; results that are loaded
         self.cost = dict  # () → what a report says besides: what the run has cost
         self.layers = load_layers(scale, overrides) if layers is None else layers
-        self.used = {"seed": seed}
-        if around := environment():
-            self.used["environment"] = around
+        around = environment()
+        self.used = {"seed": seed} | ({"environment": around} if around else {})
 
     def section(self, name: str, cls: type, base: str | None = None):
         "The configuration of a section; what it does not say it inherits from section `base`."
-        values = {**(self.layers.get(base) or {}), **(self.layers.get(name) or {})}
+        values = merge_sections(self.layers.get(base) or {}, self.layers.get(name) or {})
         values = {key: value for key, value in values.items() if key not in META}
         cfg = build_config(cls, values, name)
-        self.used[name] = asdict(cfg) | self.edits(name)
+        kind = {} if base in (None, name) else dict(kind=base)  # two may have the same settings
+        self.used[name] = asdict(cfg) | kind | self.edits(name)
         return cfg
 
     def path(self, stage: str) -> Path:
@@ -293,6 +293,6 @@ def cached_run(scale: str = "lesson", **kwargs) -> Run:
     parts = sorted(str(p) for p in pretrained.rglob("*.safetensors"))
     # New pretrained parts, new artefacts.
     made_of = [hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in parts]
-    decisive = [version("vlmrlhf_course"), "rooms", made_of, load_layers(scale), kwargs]
+    decisive = [version("vlmrlhf_course"), "kinds", made_of, load_layers(scale), kwargs]
     text = json.dumps(decisive, sort_keys=True, default=str)
     return Run(base / f"{scale}-{hashlib.sha256(text.encode()).hexdigest()[:8]}", scale, **kwargs)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['similarity', 'dedupe', 'most_diverse', 'cohen_kappa', 'fleiss_kappa', 'pairwise_votes', 'ranking_pairs', 'balance',
            'PreferencesConfig', 'sample_candidates', 'pair_rows', 'make_preferences', 'agreement', 'ranked_pairs',
-           'load_preferences', 'length_bias']
+           'given_pairs', 'load_preferences', 'length_bias']
 
 # %% ../../nbs/04b_preferences.ipynb #imports
 import itertools
@@ -18,7 +18,7 @@ from ..base.files import jsonl
 from ..base.metrics import progress
 from ..base.settings import UserError
 from ..base.stages import STAGES, Stage, Task
-from .pairs import check_edited, doctor, load_pairs
+from .pairs import check_edited, check_given, doctor, load_pairs
 from .prompts import KINDS, Prompt
 
 # %% ../../nbs/04b_preferences.ipynb #similarity
@@ -198,10 +198,11 @@ def pair_rows(labelled: list[dict], min_gap: float = 0.0) -> list[dict]:
 # %% ../../nbs/04b_preferences.ipynb #stage
 def make_preferences(task: Task, built) -> dict:
     "Pairs of both splits: people's, where the source has them, or of sampled and ranked answers."
-    info, cfg = {}, task.cfg
-    for split, n in (("train", cfg.prompts), ("validation", cfg.validation)):
-        given = task.run.source.pairs(split)
-        rows, pairs = ranked_pairs(task, split, n) if given is None else ([], given)
+    info, sizes = {}, dict(train=task.cfg.prompts, validation=task.cfg.validation)
+    given = {split: given_pairs(task, split) for split in sizes}  # a fault is found at once
+    for split, n in sizes.items():
+        pairs = given[split]
+        rows, pairs = ranked_pairs(task, split, n) if pairs is None else ([], pairs)
         info[split] = (agreement(task, split, rows) if rows else {}) | length_bias(pairs)
         for name, records in ((f"candidates-{split}", rows), (split, pairs)):
             task.run.write(task.folder / f"{name}.jsonl", jsonl(records).encode(), task.name)
@@ -231,6 +232,15 @@ def ranked_pairs(task: Task, split: str, n: int) -> tuple[list[dict], list[dict]
     rows = run.source.rank(prompts, candidates, cfg, run.seed)
     pairs = pair_rows(rows, cfg.min_gap)
     return rows, balance(pairs, most=cfg.balance) if cfg.balance else pairs
+
+# %% ../../nbs/04b_preferences.ipynb #stage-given
+def given_pairs(task: Task, split: str) -> list[dict] | None:
+    "The source's own pairs, checked; None where it has none."
+    source = task.run.source
+    pairs = source.pairs(split)
+    if pairs is None:
+        return None
+    return check_given(pairs, split, type(source).__name__, task.needed["sft"])
 
 # %% ../../nbs/04b_preferences.ipynb #stage-load
 def load_preferences(task: Task, built) -> tuple[list[dict], list[dict]]:

@@ -37,7 +37,7 @@ class Source(Protocol):
         "The true score of an answer, from 0 to 10; None where nobody knows it."
 
     def judge(self, prompt: Prompt, text: str):
-        "Counts of true and false claims (`Verdict`); None where nobody can tell."
+        "`Counts` of false claims (a `Verdict` has `mentions`, too); None where nobody can tell."
 
     def summarise(self, verdicts: list) -> dict[str, float]:
         "Figures over many verdicts."
@@ -46,4 +46,4 @@ class Source(Protocol):
         "Yes/no questions about the same pictures, with answers; [] where there are none."
 
     def mark(self, prompt: Prompt, text: str) -> list[bool]:
-        "For each word of an answer, whether it belongs to a false claim."
+        "For each word of an answer, whether it belongs to a false claim; [] where nobody knows."

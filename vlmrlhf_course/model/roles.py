@@ -17,7 +17,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from ..base.config import check_ranges
-from ..base.settings import UserError
+from ..base.settings import UserError, nearest
 
 # %% ../../nbs/99b_roles.ipynb #roles
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def add_role(
 
     Raises UserError where an adapter would start from a copy, or a copy from an adapter."""
     copied = cfg.r == 0
-    if like and (self.roles[like].copy is not None) != copied:
+    if like and (self.role(like).copy is not None) != copied:
         kinds = {True: "a full copy", False: "an adapter"}
         raise UserError(
             f"role {like!r} is {kinds[not copied]}: {kinds[copied]} cannot start from it"
@@ -190,9 +190,18 @@ def lora_layers(self: Roles) -> list[BaseTunerLayer]:
 
 
 @patch
+def role(self: Roles, name: str) -> Role:
+    "A role by its name. Raises KeyError that names those there are: the trunk must not answer."
+    if name not in self.roles:
+        there = ", ".join(self.roles) or "none yet"
+        raise KeyError(f"no role {name!r}{nearest(name, self.roles)}; there is {there}")
+    return self.roles[name]
+
+
+@patch
 def copy_of(self: Roles, role: str | None) -> nn.ModuleList | None:
-    "The full copy that a role is; None for adapters, and for the trunk."
-    return self.roles[role].copy if role in self.roles else None
+    "The full copy that a role is; None for adapters, and for the trunk. KeyError for no role."
+    return None if role is None else self.role(role).copy
 
 
 @patch
@@ -243,7 +252,8 @@ def merged(vlm: Roles, role: str | None):
 
     Yields the role to speak in. Half precision would round the sum, and ratios would not be 1:
     there the adapter stays apart."""
-    layers = [m for m in vlm.lora_layers() if role in m.lora_A]  # none for the trunk, or a copy
+    adapts = role is not None and vlm.role(role).copy is None
+    layers = [m for m in vlm.lora_layers() if role in m.lora_A] if adapts else []
     weights = [m.get_base_layer().weight for m in layers]
     if not layers or weights[0].dtype not in (torch.float32, torch.float64):
         yield role

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['OTHERS', 'bootstrap_interval', 'EvaluateConfig', 'false_share', 'figures', 'speak', 'speak_greedily', 'best_of_n',
-           'quiz', 'Policies', 'all_answers', 'compare']
+           'says_yes', 'quiz', 'Policies', 'all_answers', 'compare']
 
 # %% ../../nbs/11_evaluate.ipynb #imports
 import math
+import re
 from dataclasses import dataclass, replace
 import torch
 from ..base.config import check_ranges
 from ..base.metrics import progress, seed_of
 from ..base.settings import UserError
-from ..data.prompts import Prompt
+from ..data.prompts import Prompt, references
 from ..data.source import Source
 from ..model.vlm import Speaker, VLM, answer, token_logprobs
 from ..rl.kl import full_kl
@@ -69,7 +70,9 @@ class EvaluateConfig:
 
 # %% ../../nbs/11_evaluate.ipynb #arm-2
 def false_share(verdicts: list) -> dict[str, float]:
-    "The 95 % interval of CHAIR_i, over pictures."
+    "The 95 % interval of CHAIR_i, over pictures; nothing where no verdict counts mentions."
+    if not all(hasattr(v, "mentions") for v in verdicts):
+        return {}
     false = torch.tensor([len(v.false_objects) for v in verdicts])
     low, high = bootstrap_interval(false, torch.tensor([v.mentions for v in verdicts]))
     return dict(chair_i_low=low, chair_i_high=high)
@@ -146,14 +149,19 @@ def best_of_n(
     return best, math.log(n) - (n - 1) / n
 
 # %% ../../nbs/11_evaluate.ipynb #quiz
+def says_yes(text: str) -> bool:
+    "Is the first word `yes`, however it is written?"
+    return bool(re.match(r"\W*yes\b", text, re.IGNORECASE))
+
+
 def quiz(
     vlm: VLM,
     questions: list[Prompt],  # with answers that begin with yes or no
     role: str | None = None,
 ) -> dict[str, float]:  # accuracy, precision, recall, f1, yes_rate
     "Greedy answers to yes/no questions. Source: Li et al. 2023 (POPE)."
-    said = [a.startswith("yes") for a in answer(vlm, questions, 0.0, role=role, max_new_tokens=3)]
-    true = [q.answer.startswith("yes") for q in questions]
+    said = list(map(says_yes, answer(vlm, questions, 0.0, role=role, max_new_tokens=3)))
+    true = [says_yes(q.answer) for q in questions]
     hits = sum(a and b for a, b in zip(said, true))
     precision, recall = hits / max(1, sum(said)), hits / max(1, sum(true))
     f1 = 2 * precision * recall / max(1e-9, precision + recall)
@@ -179,7 +187,7 @@ class Policies:
 
 def all_answers(who: Policies, prompts: list[Prompt], best_of: int) -> dict[str, tuple]:
     "Row of the table → answers, and their KL from the SFT model."
-    blank = [replace(p, image="blank") for p in prompts]
+    blank = [replace(p, image=references(p.image, "blank") or None) for p in prompts]
     said = dict(sft=speak(who.sft, prompts), sft_greedy=speak_greedily(who.sft, prompts))
     said["sft_blank"] = texts(who.sft, sample(who.sft, blank, seed=0)), 0.0
     said["best_of_n"] = best_of_n(who.sft, who.rm, prompts, best_of)

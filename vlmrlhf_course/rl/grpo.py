@@ -155,12 +155,17 @@ def flat(score: torch.Tensor, cfg: RLConfig) -> dict[str, float]:
     return dict(flat_groups=float((groups.amax(1) - groups.amin(1) < 1e-6).float().mean()))
 
 
-def watched(logprobs, entropy, exp: Experience, clip: float, loss) -> dict[str, float]:
-    "Metrics of an update, named as PPO's."
+def watched(logprobs, entropy, exp: Experience, clip: float, loss, whole=False) -> dict[str, float]:
+    "Metrics of an update, named as PPO's. `clipped`: of tokens, or of `whole` answers."
     mask = exp.batch.answer_mask
-    moved = ((logprobs - exp.tokens["logprobs"]).exp() - 1).abs() > clip
+    log_ratio = (logprobs - exp.tokens["logprobs"]).masked_fill(~mask, 0.0)
+    if whole:
+        log_ratio, mask_of = log_ratio.sum(1, keepdim=True), mask.any(1, keepdim=True)
+    else:
+        mask_of = mask
+    moved = (log_ratio.exp() - 1).abs() > clip
     figures = dict(entropy=float(masked_mean(entropy, mask)), policy_loss=float(loss.detach()))
-    return figures | dict(clipped=float(masked_mean(moved.float(), mask)))
+    return figures | dict(clipped=float(masked_mean(moved.float(), mask_of)))
 
 # %% ../../nbs/13_grpo.ipynb #grpo
 class GRPO(Algorithm):
@@ -200,7 +205,8 @@ class RLOO(Algorithm):
         old, mask = exp.tokens, exp.batch.answer_mask
         logprobs, entropy = self.policy(exp.batch)
         total = rloo_loss(logprobs, old["logprobs"], old["advantages"], mask, self.cfg.clip)
-        return total, watched(logprobs, entropy, exp, self.cfg.clip, total / self.count(exp))
+        loss = total / self.count(exp)
+        return total, watched(logprobs, entropy, exp, self.cfg.clip, loss, whole=True)
 
     def count(self, exp: Experience) -> int:
         "What the loss is a mean over: answers."

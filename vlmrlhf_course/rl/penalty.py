@@ -44,7 +44,7 @@ class PenaltyConfig:
             coverage="[0, inf)",
             count_power="(0, 10]",
             ramp="[0, inf)",
-            **dict.fromkeys(("object", "attribute", "relation"), "(-inf, 0]"),
+            **dict.fromkeys(("object", "count", "attribute", "relation", "place"), "(-inf, 0]"),
         )
 
 # %% ../../nbs/06b_penalty.ipynb #scheduled

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 import torch
 from transformers import DynamicCache
+from ..base.settings import UserError
 from ..data.prompts import Prompt
 from ..model.batch import Batch
 from ..model.packing import distinct
@@ -230,14 +231,17 @@ def plan_prompts(
     rng: random.Random,
     text_share: float = 0.0,  # share of prompts without a picture
 ) -> list[Prompt]:
-    """Draw `n` prompts: no picture twice, and `text_share` of them text-only (as far as there are
-    any)."""
+    """Draw `n` prompts: no question twice, no picture twice as far as there are enough, and
+    `text_share` of them text-only (as far as there are any). Raises UserError for too few."""
     shuffled = rng.sample(prompts, len(prompts))
     with_image = list({p.image: p for p in shuffled if p.image}.values())
     text_only = [p for p in prompts if not p.image]
     k = min(round(n * text_share), n) if text_only else 0
+    if len(with_image) < n - k:  # more than one question about some pictures
+        with_image = list({(p.image, p.text): p for p in shuffled if p.image}.values())
     if len(with_image) < n - k:
-        raise ValueError(f"{n - k} different pictures wanted, {len(with_image)} there")
+        there = f"{len(with_image)} there"
+        raise UserError(f"{n - k} different questions about pictures wanted, {there}")
     return rng.sample(with_image, n - k) + rng.choices(text_only, k=k)
 
 

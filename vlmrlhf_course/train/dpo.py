@@ -6,7 +6,6 @@
 __all__ = ['implicit_reward', 'dpo_loss', 'DPOConfig', 'DPOTask', 'train_dpo', 'build_dpo', 'make_dpo', 'load_dpo']
 
 # %% ../../nbs/12_dpo.ipynb #imports
-import random
 from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ from ..data.pairs import group_pairs
 from ..model.batch import Batch
 from ..model.roles import LoRAConfig
 from ..model.vlm import Speaker, VLM, token_logprobs
-from .fit import FitConfig, fit
+from .fit import FitConfig, fit, in_epochs
 from .reward import pair_batch, pair_tensors
 
 # %% ../../nbs/12_dpo.ipynb #loss
@@ -98,14 +97,7 @@ def train_dpo(
     "Fit a role to pairs; its checkpoints stay until the result is on the disk."
     groups, size = group_pairs(pairs), cfg.fit.batch
     steps = max(1, round(cfg.epochs * len(groups) / size))
-
-    def order(epoch):
-        return random.Random(f"dpo/{seed}/{epoch}").sample(groups, len(groups))
-
-    def items_at(step):
-        places = (divmod(k, len(groups)) for k in range(step * size, (step + 1) * size))
-        return [order(epoch)[k] for epoch, k in places]
-
+    items_at = in_epochs(groups, size, f"dpo/{seed}")
     how = replace(cfg.fit, steps=steps)
     fit(task, items_at, how, folder, "DPO", clear=False, seed=seed, of=of)
 

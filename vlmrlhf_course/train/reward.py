@@ -9,7 +9,6 @@ __all__ = ['LOOKS', 'last_real', 'ScoreHead', 'bt_loss', 'RewardConfig', 'Reward
 
 # %% ../../nbs/05_reward.ipynb #imports
 import itertools
-import random
 from dataclasses import asdict, dataclass, replace
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from ..data.prompts import Prompt
 from ..model.batch import Batch
 from ..model.roles import LoRAConfig
 from ..model.vlm import VLM
-from .fit import FitConfig, fit
+from .fit import FitConfig, fit, in_epochs
 
 # %% ../../nbs/05_reward.ipynb #pool
 def last_real(
@@ -311,16 +310,8 @@ def train_reward(
 ) -> RewardModel:  # the same, trained and frozen
     """Fit the reward model, then fix its scale: on the training answers rewards get mean 0 and
     standard deviation 1."""
-    groups, size = group_pairs(pairs)[: cfg.prompts or None], cfg.fit.batch
-
-    def order(epoch: int) -> list:
-        return random.Random(f"reward/{seed}/{epoch}").sample(groups, len(groups))
-
-    def items_at(step: int) -> list:
-        # Epochs follow each other without a gap: a batch may end one and begin the next.
-        epoch, first = divmod(step * size, len(groups))
-        return [*order(epoch), *order(epoch + 1)][first : first + size]
-
+    groups = group_pairs(pairs)[: cfg.prompts or None]
+    items_at = in_epochs(groups, cfg.fit.batch, f"reward/{seed}")
     rm.shift.zero_()
     rm.scale.fill_(1.0)
     rm.train()
