@@ -2,6 +2,7 @@
 
 import resource
 import shutil
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from vlmrlhf_course.base.records import digest_of, read_jsonl
 from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.model.vlm import VLM
 from vlmrlhf_course.rl import loop
-from vlmrlhf_course.rl.ppo import PPO
+from vlmrlhf_course.rl.ppo import PPO, PPOConfig
 from vlmrlhf_course.train.fit import FitConfig, fit
 from vlmrlhf_course.world.llava import build_model, build_processor
 
@@ -316,15 +317,23 @@ def test_one_process_sweeps(tmp_path, monkeypatch):
 
 
 def test_checkpoints_of_another_algorithm_are_not_taken(tmp_path, monkeypatch):
-    "With the same settings, prompts and folder: what decides is which algorithm it was."
+    """With the same values of settings, prompts and folder: whose settings they are decides.
 
-    class Twin(PPO):
-        pass
+    A class that only adds to an algorithm goes on from its checkpoints. Two kinds of arms are told
+    apart by the run's record, too."""
+
+    @dataclass(frozen=True)
+    class TwinConfig(PPOConfig):
+        "PPO's settings, of another algorithm."
+
+    class Watched(PPO):
+        "The same algorithm."
 
     of = []
     policy, scores, pool = small_ppo(VLM(build_model(SMALL), build_processor(SMALL)), iterations=1)
+    same, twin = policy.cfg, TwinConfig(**vars(policy.cfg))
     monkeypatch.setattr(loop, "digest_of", lambda what: of.append(digest_of(what)) or of[-1])
-    for kind in (PPO, PPO, Twin):
-        policy.__class__ = kind
+    for kind, cfg in ((PPO, same), (Watched, same), (PPO, twin)):
+        policy.__class__, policy.cfg = kind, cfg
         loop.train(policy, scores, pool, pool[:2], tmp_path / str(len(of)) / "arm")
     assert of[0] == of[1] != of[2]

@@ -9,6 +9,7 @@ __all__ = ['similarity', 'dedupe', 'most_diverse', 'cohen_kappa', 'fleiss_kappa'
 
 # %% ../../nbs/04b_preferences.ipynb #imports
 import itertools
+import operator
 import random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -229,6 +230,10 @@ def ranked_pairs(task: Task, split: str, n: int) -> tuple[list[dict], list[dict]
     run, cfg, vlm = task.run, task.cfg, task.needed["sft"]
     prompts = run.source.prompts(split, n, cfg.kinds, f"preferences/{run.seed}")
     candidates = sample_candidates(vlm.answer, prompts, cfg, run.seed)
+    closed = [
+        run.source.choices(p) for p in prompts
+    ]  # people compare all of them, however unlikely
+    candidates = [list(dict.fromkeys(both)) for both in map(operator.add, candidates, closed)]
     rows = run.source.rank(prompts, candidates, cfg, run.seed)
     pairs = pair_rows(rows, cfg.min_gap)
     return rows, balance(pairs, most=cfg.balance) if cfg.balance else pairs

@@ -30,6 +30,9 @@ class Source(Protocol):
     def pairs(self, split: str) -> list[dict] | None:
         "Pairs that people have made; None: sample answers, and `rank` them."
 
+    def choices(self, prompt: Prompt) -> list[str]:
+        "All answers to a closed question, such as yes and no; [] where they cannot be listed."
+
     def rank(self, prompts: list[Prompt], answers: list[list[str]], cfg, seed: int) -> list[dict]:
         "Rankings of sampled answers, a row for each prompt: see `label`."
 

@@ -342,7 +342,7 @@ def train(
     more = dict(demonstrations=demonstrations)
     cfg, learner = algorithm.cfg, Learner.of(algorithm, scores, folder.name, **more)
     state, accelerator = learner.state, learner.accelerator
-    what = ["rl", type(algorithm).__name__, folder.name, seed, asdict(cfg)]
+    what = ["rl", type(cfg).__name__, folder.name, seed, asdict(cfg)]
     of = digest_of([*what, [(p.image, p.text) for p in prompts]])
     kept = (state, learner.guard)
     saved = Checkpoints(folder / "checkpoints", accelerator, objects=kept, of=of)

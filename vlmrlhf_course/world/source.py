@@ -124,6 +124,9 @@ class DrawnWorld:
     def pairs(self, split: str):
         return None  # answers are sampled, and `rank` gives the annotators' opinions
 
+    def choices(self, prompt: Prompt) -> list[str]:
+        return ["yes .", "no ."] if prompt.kind == "exists" else []
+
     def rank(self, prompts: list[Prompt], answers: list[list[str]], cfg, seed: int):
         return label(prompts, answers, cfg, seed)
 
