@@ -249,9 +249,9 @@ def test_pairs(tiny, kind):
     else:
         task = DPOTask(tiny, DPOConfig(beta=0.3, lora=SMALL_LORA))
         shake(tiny, "dpo")
-    batch, index, _ = task.collate(group_pairs(pairs))
+    batch, *index = task.collate(group_pairs(pairs))
     assert packing_size(batch, tiny.width) > 1
-    both_ways(task, (batch, index), task, (replace(batch, asked=None), index))
+    both_ways(task, (batch, *index), task, (replace(batch, asked=None), *index))
 
 
 def test_a_prompt_is_read_once_in_sampling(tiny, embedded, monkeypatch):
