@@ -138,9 +138,11 @@ def test_a_pickle_in_a_checkpoint(capsys, tmp_path, stopped, name):
         assert main(again) == 0, "the advice works"
 
 
-@pytest.mark.parametrize(
-    "file", ["sft/language/model.safetensors", "reward/reward.safetensors", "ppo/actor.safetensors"]
-)
+RESULTS = ["sft/language/model.safetensors", "reward/reward.safetensors"]
+RESULTS += ["detector/detector.safetensors", "ppo_rm/actor.safetensors"]
+
+
+@pytest.mark.parametrize("file", RESULTS)
 @pytest.mark.parametrize("sealed", [False, True])
 def test_a_pickle_in_a_result(capsys, smoke_run, tmp_path, file, sealed):
     "Also where somebody has renewed every seal."

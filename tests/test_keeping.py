@@ -41,8 +41,12 @@ def log_ratio(vlm, image, text, said):
     return both[0] - both[1]
 
 
-def test_pair_agreement_by_hand(policy, pairs):
-    "The share of pairs whose chosen answer was raised more than the other, and its likelihood."
+@pytest.mark.parametrize("ruled_out", [True, False])
+def test_pair_agreement_by_hand(policy, pairs, monkeypatch, ruled_out):
+    """The share of pairs whose chosen answer was raised more than the other, and its likelihood.
+    Also for a family in which padding is a token that can be said."""
+    if not ruled_out:
+        monkeypatch.setattr(VLM, "rule_out", lambda self, logits: logits)
     gaps = []
     with torch.no_grad():
         for row in pairs:

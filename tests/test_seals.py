@@ -195,9 +195,10 @@ def test_one_pair(smoke_run, tmp_path):
 
 
 def test_answers_that_are_all_alike(capsys, smoke_run, tmp_path):
-    "No two annotators can disagree then: a line that says so, and what to do."
+    """No two annotators can disagree then: a line that says so, and what to do. (To a closed
+    question both answers are there.)"""
     copy_stages(smoke_run, tmp_path / "run", "sft")
-    cold = ["--set", "preferences.temperatures=[0,0]"]
+    cold = ["--set", "preferences.temperatures=[0,0]", "preferences.kinds={detail: 1}"]
     line = refused(capsys, *smoke("preferences", tmp_path / "run", *cold))
     assert "two different answers" in line and "temperatures" in line
     with pytest.raises(ValueError, match="nobody"):
