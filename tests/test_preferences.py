@@ -6,7 +6,7 @@ import math
 import pytest
 from hypothesis import given, strategies as st
 
-from vlmrlhf_course.data.pairs import doctor
+from vlmrlhf_course.data.pairs import text_fault
 from vlmrlhf_course.data.preferences import balance, dedupe, length_bias, most_diverse
 from vlmrlhf_course.data.preferences import pairwise_votes, ranking_pairs, similarity
 
@@ -105,7 +105,7 @@ def test_balance():
     ],
 )
 def test_doctor(change, fault):
-    found = doctor(dict(chosen="a cat .", rejected="a dog .", weight=1.0) | change)
+    found = text_fault(dict(chosen="a cat .", rejected="a dog .", weight=1.0) | change)
     if fault is None:
         assert found is None
     else:

@@ -19,7 +19,7 @@ from ..base.files import jsonl
 from ..base.metrics import progress
 from ..base.settings import UserError
 from ..base.stages import STAGES, Stage, Task
-from .pairs import check_edited, check_given, doctor, load_pairs
+from .pairs import check_edited, check_given, load_pairs, text_fault
 from .prompts import KINDS, Prompt
 
 # %% ../../nbs/04b_preferences.ipynb #similarity
@@ -194,7 +194,7 @@ def pair_rows(labelled: list[dict], min_gap: float = 0.0) -> list[dict]:
             pair = dict(chosen=r["answers"][i], rejected=r["answers"][j])
             gold = r["scores"][i] > r["scores"][j]
             out.append(about | pair | dict(weight=round(weight, 4), gold=gold))
-    return [row for row in out if doctor(row) is None]
+    return [row for row in out if text_fault(row) is None]
 
 # %% ../../nbs/04b_preferences.ipynb #stage
 def make_preferences(task: Task, built) -> dict:

@@ -80,7 +80,7 @@ class ValueHead(nn.Module):
 
     def __init__(self, width: int, vision_width: int, heads: int = 4):
         super().__init__()
-        self.look = nn.MultiheadAttention(
+        self.attend = nn.MultiheadAttention(
             width, heads, kdim=vision_width, vdim=vision_width, batch_first=True
         )
         self.norm = nn.LayerNorm(width)
@@ -108,12 +108,12 @@ class ValueHead(nn.Module):
         seen, has = hidden, items > 0
         if features is not None and has.any():
             pictures, padding = side_by_side(features, items[has].long())
-            look = torch.zeros_like(hidden)
-            attended, _ = self.look(
+            read = torch.zeros_like(hidden)
+            attended, _ = self.attend(
                 hidden[has], pictures, pictures, key_padding_mask=padding, need_weights=False
             )
-            look[has] = attended.to(hidden.dtype)
-            seen = hidden + look
+            read[has] = attended.to(hidden.dtype)
+            seen = hidden + read
         value = self.out(torch.tanh(self.down(self.norm(seen)))).squeeze(-1)
         return self.shift + self.scale * value
 
