@@ -42,8 +42,8 @@ def arms_of(run: Run) -> dict[str, str]:
 
 
 def groups_of(run: Run) -> dict[str, list[str]]:
-    """A whole run's stages in the order in which they are made: what arms have in common first, then
-    the arms, made at once, as one group. Neighbours of one kind are one group, too."""
+    """A whole run's stages in the order in which they are made: what arms have in common first,
+    then the arms, made at once, as one group. Neighbours of one kind are one group, too."""
     stages, arms, groups = before(run, LAST), arms_of(run), {}
     for name in [name for name in stages if name not in arms]:
         kind = kind_of(run.layers, name)

@@ -118,9 +118,9 @@ def test_command_line(capsys, tmp_path, argv, words):
         ("detector.fit.steps=0", ["detector", "steps=0"]),
         ("ppo.reward_model=ppo", ["ppo"]),
         ("evaluate.arms=[]", ["evaluate: ", "arms"]),
-        ("evaluate.arms=[ppo,orcale]", ["evaluate", "'orcale'", "oracle"]),
+        ("evaluate.arms=[ppo_rm,orcale]", ["evaluate", "'orcale'", "oracle"]),
         ("evaluate.arms=[ppo,sft]", ["evaluate", "'sft'"]),
-        ("evaluate.arms=[ppo,evaluate]", ["evaluate", "'evaluate'"]),
+        ("evaluate.arms=[ppo_rm,evaluate]", ["evaluate", "'evaluate'"]),
         ("evaluate.arms=ppo", ["evaluate"]),
         ("evaluate.headline=oracle_", ["headline='oracle_'", "ppo_rm"]),
         ("evaluate.curve=hakced", ["evaluate", "'hakced'", "hacked"]),
@@ -262,7 +262,7 @@ def test_more_scenes_than_there_are():
         ("seed: {kind: ppo}", ["'seed'", "every record", "another name"]),
         ("environment: {kind: ppo}", ["'environment'", "every record"]),
         ("x: {kind: ppo, critic: adapter}\nx_critic: {kind: rloo}", ["x_critic", "critic=adapter"]),
-        ("second: {kind: evaluate, arms: [ppo]}", ["second.kind='evaluate'", "only one"]),
+        ("second: {kind: evaluate, arms: [ppo_rm]}", ["second.kind='evaluate'", "only one"]),
     ],
 )
 def test_names_and_kinds_that_no_arm_can_have(capsys, tmp_path, monkeypatch, text, words):

@@ -77,7 +77,7 @@ class TestBadInput:
             ("ppo.reward_model=rewrad", "rewrad"),
             ("ppo.answers=5000", "5000"),
             ("grpo.length=tokns", "tokns"),
-            ("evaluate.arms=[ppo,orcale]", "orcale"),
+            ("evaluate.arms=[ppo_rm,orcale]", "orcale"),
             ("evaluate.headline=oracle_", "oracle_"),
             ("evaluate.curve=hakced", "hakced"),
         ],

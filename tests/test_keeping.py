@@ -1,5 +1,5 @@
-"""What a run keeps: the policy that agrees best with people's pairs, what it could before and is not
-asked any more, and the units of its first scores."""
+"""What a run keeps: the policy that agrees best with people's pairs, what it could before and is
+not asked any more, and the units of its first scores."""
 
 import json
 import math

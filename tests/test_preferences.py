@@ -2,13 +2,18 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, strategies as st
 
+from vlmrlhf_course.data import preferences
 from vlmrlhf_course.data.pairs import text_fault
 from vlmrlhf_course.data.preferences import balance, dedupe, length_bias, most_diverse
-from vlmrlhf_course.data.preferences import pairwise_votes, ranking_pairs, similarity
+from vlmrlhf_course.data.preferences import PreferencesConfig, pairwise_votes, ranked_pairs
+from vlmrlhf_course.data.preferences import ranking_pairs, similarity
+from vlmrlhf_course.data.prompts import Prompt
+from vlmrlhf_course.world.source import DrawnWorld
 
 
 class TestRankingPairs:
@@ -121,3 +126,29 @@ def test_length_bias(pairs):
     assert got["z"] == pytest.approx((wins - n / 2) / math.sqrt(n / 4) if n else 0.0)
     if pairs:
         assert got["chosen"] == pytest.approx(sum(a for a, _ in lengths) / len(lengths))
+
+
+def test_a_closed_question_is_ranked_with_all_its_answers(monkeypatch):
+    "Also with one that the model would never give; none stands there twice, and others are left."
+    prompts = [Prompt(kind, "?", "yes .", "blank") for kind in ("exists", "exists", "detail")]
+    sampled = [["no .", "yes , a cat ."], ["no .", "yes ."], ["a cat .", "a fish ."]]
+    ranked = []
+
+    class Watched(DrawnWorld):
+        def prompts(self, *a):
+            return prompts
+
+        def rank(self, prompts, answers, cfg, seed):
+            ranked.extend(answers)
+            return []
+
+    monkeypatch.setattr(preferences, "sample_candidates", lambda *a: sampled)
+    run = SimpleNamespace(source=Watched(), seed=0)
+    needed = dict(sft=SimpleNamespace(answer=None))
+    cfg = PreferencesConfig(balance=0)
+    ranked_pairs(SimpleNamespace(run=run, cfg=cfg, needed=needed), "train", 3)
+    assert ranked == [
+        ["no .", "yes , a cat .", "yes ."],
+        ["no .", "yes ."],
+        ["a cat .", "a fish ."],
+    ]

@@ -1,4 +1,4 @@
-"Rewards that are paid early leave the order of answers as it is; what was cut off may be estimated."
+"Rewards paid early leave the order of answers as it is; what was cut off may be estimated."
 
 from dataclasses import replace
 

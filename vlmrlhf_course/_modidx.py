@@ -1425,8 +1425,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'vlmrlhf_course/world/source.py'),
                                              'vlmrlhf_course.world.source.DrawnWorld.pairs': ( 'world.html#drawnworld.pairs',
                                                                                                'vlmrlhf_course/world/source.py'),
-                                             'vlmrlhf_course.world.source.DrawnWorld.parts': ( 'world.html#drawnworld.parts',
-                                                                                               'vlmrlhf_course/world/source.py'),
                                              'vlmrlhf_course.world.source.DrawnWorld.prompts': ( 'world.html#drawnworld.prompts',
                                                                                                  'vlmrlhf_course/world/source.py'),
                                              'vlmrlhf_course.world.source.DrawnWorld.quiz': ( 'world.html#drawnworld.quiz',

@@ -230,9 +230,8 @@ def ranked_pairs(task: Task, split: str, n: int) -> tuple[list[dict], list[dict]
     run, cfg, vlm = task.run, task.cfg, task.needed["sft"]
     prompts = run.source.prompts(split, n, cfg.kinds, f"preferences/{run.seed}")
     candidates = sample_candidates(vlm.answer, prompts, cfg, run.seed)
-    closed = [
-        run.source.choices(p) for p in prompts
-    ]  # people compare all of them, however unlikely
+    # People compare all answers to a closed question, however unlikely.
+    closed = [run.source.choices(p) for p in prompts]
     candidates = [list(dict.fromkeys(both)) for both in map(operator.add, candidates, closed)]
     rows = run.source.rank(prompts, candidates, cfg, run.seed)
     pairs = pair_rows(rows, cfg.min_gap)

@@ -13,8 +13,7 @@ from .prompts import Prompt
 class Source(Protocol):
     """Where prompts, demonstrations, pairs and truth come from.
 
-    Pictures are named by references (`open_image`): a source of files names files, and one that
-    draws registers an opener. What a source does not have is None or empty, never a zero."""
+    Pictures are references (see `open_image`). What a source does not have is None or empty."""
 
     splits: tuple[str, ...]  # such as train, validation, test; `novel` where it has unseen mixtures
 
@@ -43,9 +42,7 @@ class Source(Protocol):
         "`Counts` of false claims (a `Verdict` has `mentions`, too); None where nobody can tell."
 
     def parts(self, verdicts: list) -> dict[str, tuple[list[float], list[float]]]:
-        """Figures over many verdicts: name → what each answer adds to numerator and denominator.
-
-        So a report knows their intervals, too."""
+        "Figure → what each answer adds to its numerator, and to its denominator (for intervals)."
 
     def quiz(self, prompts: list[Prompt]) -> list[Prompt]:
         "Yes/no questions about the same pictures, with answers; [] where there are none."

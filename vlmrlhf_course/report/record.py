@@ -135,7 +135,7 @@ def budget(run: Run, arm: str) -> int:
     "Iterations of an arm that samples; gradient steps of one that does not."
     return len(read_jsonl(run.path(arm) / "metrics.jsonl"))
 
-
+# %% ../../nbs/11c_record.ipynb #evaluate-curves
 def training_curves(run: Run, cfg: EvaluateConfig) -> dict[str, list[dict]]:
     "The metrics of the arms that sample answers (not DPO's). Raises UserError for a damaged log."
     names = dict.fromkeys([*cfg.arms, cfg.curve] if cfg.curve else cfg.arms)

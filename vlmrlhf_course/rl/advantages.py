@@ -80,19 +80,17 @@ class ValueHead(nn.Module):
 
     def __init__(self, width: int, vision_width: int, heads: int = 4):
         super().__init__()
-        self.attend = nn.MultiheadAttention(
-            width, heads, kdim=vision_width, vdim=vision_width, batch_first=True
-        )
+        how = dict(kdim=vision_width, vdim=vision_width, batch_first=True)
+        self.attend = nn.MultiheadAttention(width, heads, **how)
         self.norm = nn.LayerNorm(width)
         self.down, self.out = nn.Linear(width, width // 2), nn.Linear(width // 2, 1)
         nn.init.zeros_(self.out.weight)  # starts by predicting the mean score
         nn.init.zeros_(self.out.bias)
-        self.register_buffer("shift", torch.zeros(()))
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
+        for name, value in dict(shift=0.0, scale=1.0, fitted=False).items():
+            self.register_buffer(name, torch.tensor(value))
 
     def fit(self, mean: torch.Tensor, deviation: torch.Tensor):
-        "Take mean and deviation of the first scores as units: small weights can say any score then."
+        "Take mean and deviation of the first scores as units: small weights say any score then."
         if not self.fitted:
             self.shift.copy_(mean)
             self.scale.copy_(deviation if deviation > 0 else 1.0)
@@ -109,9 +107,8 @@ class ValueHead(nn.Module):
         if features is not None and has.any():
             pictures, padding = side_by_side(features, items[has].long())
             read = torch.zeros_like(hidden)
-            attended, _ = self.attend(
-                hidden[has], pictures, pictures, key_padding_mask=padding, need_weights=False
-            )
+            how = dict(key_padding_mask=padding, need_weights=False)
+            attended, _ = self.attend(hidden[has], pictures, pictures, **how)
             read[has] = attended.to(hidden.dtype)
             seen = hidden + read
         value = self.out(torch.tanh(self.down(self.norm(seen)))).squeeze(-1)

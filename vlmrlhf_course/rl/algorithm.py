@@ -225,7 +225,7 @@ def count(self: Algorithm, exp: Experience) -> int:
     "What the loss is a mean over: answer tokens."
     return int(exp.batch.answer_mask.sum())
 
-
+# %% ../../nbs/09c_algorithm.ipynb #algorithm-anchor
 @patch
 def forward(self: Algorithm, exp: Experience):
     loss, metrics = self.loss(exp)

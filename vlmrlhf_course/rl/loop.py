@@ -171,7 +171,7 @@ def validate(
         figures |= pair_agreement(algorithm, pairs)
     return figures
 
-
+# %% ../../nbs/10b_loop.ipynb #loop-agreement
 @torch.no_grad()
 def pair_agreement(algorithm: Algorithm, pairs: list[dict], chunk: int = 64) -> dict[str, float]:
     """How far a policy agrees with people's pairs, which no reward model can talk it into.
@@ -259,8 +259,7 @@ class Learner:
         # No weight decay: on an adapter it is a second, hidden pull to the reference.
         optimizer = make_optimizer(groups, betas=(0.9, 0.95))
         task, optimizer = accelerator.prepare(algorithm, optimizer)
-        state = State(algorithm, algorithm.cfg)
-        guard = StepGuard(accelerator, text)
+        state, guard = State(algorithm, algorithm.cfg), StepGuard(accelerator, text)
         parts = (algorithm, scores, accelerator, task, optimizer, groups, state, guard)
         return cls(*parts, **more)
 
@@ -275,8 +274,7 @@ class Learner:
 
     def mean(self, figure: float) -> float:
         "Over all processes."
-        figure = torch.tensor(figure, device=self.accelerator.device)
-        return float(self.accelerator.reduce(figure, "mean"))
+        return float(self.sum(torch.tensor(figure, device=self.accelerator.device)) / self.share[1])
 
 # %% ../../nbs/10b_loop.ipynb #iteration-2
 def update(learner: Learner, exp: Experience, rows: list[int], step: int) -> dict[str, float]:
@@ -334,7 +332,7 @@ def train(
     folder: Path,  # for checkpoints and metrics
     seed: int = 0,
     pairs: list[dict] = (),  # validation pairs: which policy is best
-    demonstrations: Callable = lambda step: [],  # step → prompts with answers: see `RLConfig.anchor`
+    demonstrations: Callable = lambda step: [],  # step → what to remember: see `RLConfig.anchor`
     observers: tuple = (),  # each is called after an iteration: (step, **its figures)
 ) -> State:
     "Any algorithm, from its last checkpoint in `folder` to its best (or last) policy."
@@ -344,8 +342,7 @@ def train(
     state, accelerator = learner.state, learner.accelerator
     what = ["rl", type(cfg).__name__, folder.name, seed, asdict(cfg)]
     of = digest_of([*what, [(p.image, p.text) for p in prompts]])
-    kept = (state, learner.guard)
-    saved = Checkpoints(folder / "checkpoints", accelerator, objects=kept, of=of)
+    saved = Checkpoints(folder / "checkpoints", accelerator, objects=(state, learner.guard), of=of)
     start = saved.load()
     log = MetricLog(folder, start, accelerator.is_main_process, saved.metrics)
 
@@ -401,7 +398,7 @@ def kept_in_mind(task: Task) -> Callable[[int], list[Prompt]]:
     # Where a picture gives no question of a kind, a source may have taken one of another kind.
     return lambda step: [p for p in demonstrations(step) if p.kind not in asked]
 
-
+# %% ../../nbs/10b_loop.ipynb #stage-policy
 def make_policy(task: Task, algorithm: Algorithm) -> dict:
     "Train an arm, and save its actor."
     run, cfg, source = task.run, task.cfg, task.run.source

@@ -99,7 +99,7 @@ def penalty_points(judges: Judges, name: str, who, roll: Rollout, texts: list[st
         raise UserError(f"reward {name}: nobody can judge any of the answers; leave it out")
     return judges.points([0.0 if c is None else penalty(c, judges.penalty, step) for c in counts])
 
-
+# %% ../../nbs/09b_rewards.ipynb #entries-2
 @reward("truth")
 def true_reward(judges: Judges, roll: Rollout, texts: list[str], step: int) -> torch.Tensor:
     "(B,) The true score, from −5 to 5. Raises UserError where the source does not know it."

@@ -207,8 +207,8 @@ def answer_figures(
 ) -> dict[str, float]:
     """What to watch in sampled answers, from what sampling kept: no further forward pass.
 
-    KL of an answer (mean, spread, max) and of a token in nats (k1), length, share of different tokens,
-    perplexity."""
+    KL of an answer (mean, spread, max) and of a token in nats (k1), length, share of different
+    tokens, perplexity."""
     mask = roll.batch.answer_mask
     kl = (kl_estimate(roll.logprobs, ref, "k1") * mask).sum(1)
     tokens = roll.batch.answers.masked_fill(~mask, -1).sort(1).values

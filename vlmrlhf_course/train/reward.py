@@ -215,7 +215,7 @@ class RewardTask(nn.Module):
         self.rm = rm
 
     def collate(self, groups):
-        """A prompt counts once, however many pairs it has: 1/(pairs) is Ouyang et al.'s 1/(K over 2).
+        """A prompt counts once, however many pairs it has: 1/(pairs) is Ouyang's 1/(K over 2).
 
         Else a long description outweighs ten questions."""
         batch, pairs = pair_batch(self.rm.vlm, groups)

@@ -222,7 +222,7 @@ def make_detector(task: Task, detector: Detector) -> dict:
         figures[split] = precision_recall(seen, list(map(scene_of, held_out)))
     return figures
 
-
+# %% ../../nbs/06c_detector.ipynb #stage-table
 def load_detector(task: Task, detector: Detector) -> SeenBy:
     "The detector, frozen, with the eyes that it looks through."
     file = task.folder / "detector.safetensors"

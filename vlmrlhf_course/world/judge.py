@@ -20,7 +20,7 @@ class Claims:
     counts: tuple[int, ...] = ()
     places: tuple[str, ...] = ()
 
-
+# %% ../../nbs/01b_judge.ipynb #claims-reader
 class _Reader:
     "What is remembered from word to word."
 
@@ -138,7 +138,10 @@ def judge(text: str, scene: Scene) -> Verdict:
     said, there = parse_claims(text), {t.noun: t for t in scene.things}
     true, false, again = [], [], []
     for noun in said.objects:
-        (false if noun not in there else again if noun in true else true).append(noun)
+        if noun not in there:
+            false.append(noun)
+        else:
+            (again if noun in true else true).append(noun)
     attributes = [a for a in dict.fromkeys(said.attributes) if a[0] in there]
     relations = [r for r in dict.fromkeys(said.relations) if r[0] in there and r[2] in there]
     right, wrong = _split(attributes, lambda a: getattr(there[a[0]], a[1]) == a[2])

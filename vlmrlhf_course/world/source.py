@@ -134,11 +134,9 @@ class DrawnWorld:
         return true_score(prompt, text) if scene_of(prompt) else None
 
     def judge(self, prompt: Prompt, text: str) -> Verdict | None:
-        scene = scene_of(prompt)
-        return judge(text, scene) if scene else None
+        return judge(text, scene_of(prompt)) if scene_of(prompt) else None
 
-    def parts(self, verdicts: list[Verdict]) -> dict[str, tuple[list[float], list[float]]]:
-        return figure_parts(verdicts)
+    parts = staticmethod(figure_parts)
 
     def quiz(self, prompts: list[Prompt]) -> list[Prompt]:
         return pope_questions([scene_of(p) for p in prompts], "adversarial")
