@@ -129,10 +129,13 @@ def test_length_bias(pairs):
 
 
 def test_a_closed_question_is_ranked_with_all_its_answers(monkeypatch):
-    "Also with one that the model would never give; none stands there twice, and others are left."
+    "And with no others; the model is asked the open ones only, and each gets its own answers."
     prompts = [Prompt(kind, "?", "yes .", "blank") for kind in ("exists", "exists", "detail")]
-    sampled = [["no .", "yes , a cat ."], ["no .", "yes ."], ["a cat .", "a fish ."]]
-    ranked = []
+    opened, ranked = [], []
+
+    def sampled(ask, prompts, cfg, seed):
+        opened.extend(prompts)
+        return [["a cat .", "a fish ."]]
 
     class Watched(DrawnWorld):
         def prompts(self, *a):
@@ -142,13 +145,10 @@ def test_a_closed_question_is_ranked_with_all_its_answers(monkeypatch):
             ranked.extend(answers)
             return []
 
-    monkeypatch.setattr(preferences, "sample_candidates", lambda *a: sampled)
+    monkeypatch.setattr(preferences, "sample_candidates", sampled)
     run = SimpleNamespace(source=Watched(), seed=0)
     needed = dict(sft=SimpleNamespace(answer=None))
     cfg = PreferencesConfig(balance=0)
     ranked_pairs(SimpleNamespace(run=run, cfg=cfg, needed=needed), "train", 3)
-    assert ranked == [
-        ["no .", "yes , a cat .", "yes ."],
-        ["no .", "yes ."],
-        ["a cat .", "a fish ."],
-    ]
+    assert opened == prompts[2:]
+    assert ranked == [["yes .", "no ."], ["yes .", "no ."], ["a cat .", "a fish ."]]

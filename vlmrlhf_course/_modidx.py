@@ -1277,6 +1277,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'vlmrlhf_course.world.judge.figure_parts': ( 'judge.html#figure_parts',
                                                                                          'vlmrlhf_course/world/judge.py'),
                                             'vlmrlhf_course.world.judge.judge': ('judge.html#judge', 'vlmrlhf_course/world/judge.py'),
+                                            'vlmrlhf_course.world.judge.judge_reply': ( 'judge.html#judge_reply',
+                                                                                        'vlmrlhf_course/world/judge.py'),
                                             'vlmrlhf_course.world.judge.parse_claims': ( 'judge.html#parse_claims',
                                                                                          'vlmrlhf_course/world/judge.py'),
                                             'vlmrlhf_course.world.judge.summarise': ( 'judge.html#summarise',

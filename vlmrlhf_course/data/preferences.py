@@ -9,7 +9,6 @@ __all__ = ['similarity', 'dedupe', 'most_diverse', 'cohen_kappa', 'fleiss_kappa'
 
 # %% ../../nbs/04b_preferences.ipynb #imports
 import itertools
-import operator
 import random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -229,10 +228,11 @@ def ranked_pairs(task: Task, split: str, n: int) -> tuple[list[dict], list[dict]
     "Answers of the SFT model with their rankings, and the pairs that these give."
     run, cfg, vlm = task.run, task.cfg, task.needed["sft"]
     prompts = run.source.prompts(split, n, cfg.kinds, f"preferences/{run.seed}")
-    candidates = sample_candidates(vlm.answer, prompts, cfg, run.seed)
     # People compare all answers to a closed question, however unlikely.
     closed = [run.source.choices(p) for p in prompts]
-    candidates = [list(dict.fromkeys(both)) for both in map(operator.add, candidates, closed)]
+    opened = [p for p, answers in zip(prompts, closed) if not answers]
+    sampled = iter(sample_candidates(vlm.answer, opened, cfg, run.seed))
+    candidates = [answers or next(sampled) for answers in closed]
     rows = run.source.rank(prompts, candidates, cfg, run.seed)
     pairs = pair_rows(rows, cfg.min_gap)
     return rows, balance(pairs, most=cfg.balance) if cfg.balance else pairs
