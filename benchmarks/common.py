@@ -269,10 +269,10 @@ def update_flops(policy: PPO, batch) -> float:
     size = packing_size(batch, vlm.width) if vlm.family.packs(vlm.model.config) else 1
     rows = batch if size == 1 else pack(batch, size)[0]
     answers, tokens = int(batch.answer_mask.sum()), int(rows.attention_mask.sum())
-    if rows.sees is None:
+    if rows.attends is None:
         pairs = float((rows.attention_mask.sum(1).double() ** 2).sum() / 2)
     else:
-        pairs = float(rows.sees.sum())
+        pairs = float(rows.attends.sum())
     passes = [policy.actor]
     if policy.cfg.critic == "adapter":
         passes.append(policy.critic)

@@ -29,7 +29,7 @@ def test_minibatches_hold_whole_prompts():
     lengths, asked = torch.tensor([9, 1, 2, 2, 3, 3, 7, 1]), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
     batch = pad_sides([[1]] * 8, [[2] * n for n in lengths.tolist()], 0)
     cfg = PPOConfig(answers=8, answers_per_prompt=2, minibatch=4, epochs=4)
-    found = list(minibatches(Experience(replace(batch, asked=asked), {}), cfg, "0/0"))
+    found = list(minibatches(Experience(replace(batch, question_of=asked), {}), cfg, "0/0"))
     assert [len(g) for g in found] == [4] * 8
     for epoch in range(4):
         assert sorted(found[2 * epoch] + found[2 * epoch + 1]) == list(range(8))
@@ -101,7 +101,7 @@ def read(monkeypatch):
     seen, answer_states = [], VLM.answer_states
 
     def watched(self, batch, role=None):
-        seen.append(batch.asked.tolist())
+        seen.append(batch.question_of.tolist())
         return answer_states(self, batch, role)
 
     monkeypatch.setattr(VLM, "answer_states", watched)

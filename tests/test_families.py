@@ -320,7 +320,7 @@ def test_a_ppo_step(experience):
     critic = {n for n in touched if ".lora_" in n and ".actor_critic." in n}
     value = {n for n in touched if n.startswith("critic.head.")}
     assert touched == actor | critic | value
-    assert actor and any(n.startswith("critic.head.look") for n in value)
+    assert actor and any(n.startswith("critic.head.attend") for n in value)
     assert bool(critic) == (policy.cfg.critic == "adapter")
     torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], 1e-2).step()
     assert torch.equal(logprobs(vlm, roll.batch), reference)

@@ -39,7 +39,7 @@ def crowd(vlm, prompts, each=3, apart=False):
     "`each` answers to every prompt, in turn; `apart`: as if all prompts were different."
     said = [p for _ in range(each) for p in prompts]
     b = vlm.batch(said, [ANSWERS[i * 7 % 4] for i in range(len(said))])
-    return replace(b, asked=None) if apart else b
+    return replace(b, question_of=None) if apart else b
 
 
 # --- layout ---------------------------------------------------------------------------------------
@@ -52,7 +52,9 @@ lists = st.lists(st.integers(2, 9), max_size=5)
 def test_every_token_stands_once_and_sees_its_prompt_and_its_answer(rows, size):
     "By definition, cell by cell: a token sees what it sees in a row of its own."
     asked = [[10 + q] * (q + 1) for q, _ in rows]  # prompts of one to four tokens
-    b = replace(pad_sides(asked, [a for _, a in rows], 0), asked=same_prompts([q for q, _ in rows]))
+    b = replace(
+        pad_sides(asked, [a for _, a in rows], 0), question_of=same_prompts([q for q, _ in rows])
+    )
     packed, home, where = pack(b, size)
     home = home[:, 0]
     shapes = {packed.input_ids.shape, packed.attention_mask.shape, packed.position_ids.shape}
@@ -68,9 +70,9 @@ def test_every_token_stands_once_and_sees_its_prompt_and_its_answer(rows, size):
         own = [c for c in range(P) if packed.attention_mask[r, c]]
         assert packed.input_ids[r, own].tolist() == asked[i]
         for t, cell in enumerate(cells):
-            assert packed.sees[r, 0, cell].nonzero()[:, 0].tolist() == own + cells[: t + 1]
+            assert packed.attends[r, 0, cell].nonzero()[:, 0].tolist() == own + cells[: t + 1]
             assert int(packed.position_ids[r, cell]) == q + 1 + t
-    assert packed.sees.any(-1).all(), "a cell that sees nothing is NaN"
+    assert packed.attends.any(-1).all(), "a cell that sees nothing is NaN"
 
 
 def test_who_sees_ignores_padding():
@@ -79,22 +81,22 @@ def test_who_sees_ignores_padding():
 
 
 def test_rows_are_as_even_as_possible():
-    b = replace(pad_sides([[5]] * 10, [[1]] * 10, 0), asked=torch.zeros(10, dtype=torch.long))
+    b = replace(pad_sides([[5]] * 10, [[1]] * 10, 0), question_of=torch.zeros(10, dtype=torch.long))
     assert pack(b)[1][:, 0].bincount().tolist() == [5, 5]
 
 
 def test_distinct_takes_the_first_row_of_each_prompt():
     b = pad_sides([[1], [2], [1], [3], [2]], [[]] * 5, 0)
-    b.asked = torch.tensor([7, 2, 7, 5, 2])
+    b.question_of = torch.tensor([7, 2, 7, 5, 2])
     first, which = distinct(b)
     assert sorted(first.tolist()) == [0, 1, 3] and first[which].tolist() == [0, 1, 0, 3, 1]
-    assert [x.tolist() for x in distinct(replace(b, asked=None))] == [[0, 1, 2, 3, 4]] * 2
+    assert [x.tolist() for x in distinct(replace(b, question_of=None))] == [[0, 1, 2, 3, 4]] * 2
 
 
 def asks(prompt, answer, k, of=4):
     "A batch of `of` prompts with k answers each, all of one length."
     b = pad_sides([[1] * prompt] * of * k, [[2] * answer] * of * k, 0)
-    return replace(b, asked=torch.arange(of).repeat(k))
+    return replace(b, question_of=torch.arange(of).repeat(k))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def asks(prompt, answer, k, of=4):
         (asks(600, 100, 8), 4096, 8),
         (asks(600, 100, 2), 4096, 2),
         (asks(600, 100, 16), 4096, 8),
-        (replace(asks(600, 100, 8), asked=None), 4096, 1),
+        (replace(asks(600, 100, 8), question_of=None), 4096, 1),
     ],
 )
 def test_packing_pays_for_long_prompts_and_short_answers(batch, width, size):
@@ -119,7 +121,7 @@ def test_packing_pays_for_long_prompts_and_short_answers(batch, width, size):
 def test_the_cost_is_that_of_the_rows_that_are_made():
     "Uneven prompts: all rows are as long as the longest, which may cost more than is saved."
     b = pad_sides([[1] * 17] * 16, [[2] * 25] * 16, 0)
-    b.asked = torch.tensor([0] * 9 + list(range(1, 8)))
+    b.question_of = torch.tensor([0] * 9 + list(range(1, 8)))
 
     def cost(rows, L):
         return rows * L * (6 * 96 + L)
@@ -143,12 +145,14 @@ def test_text_and_pictures_make_a_prompt():
         Prompt("detail", "what is this ?", "", a),
         Prompt("text", "describe the picture .", "", None),
     ]
-    assert tiny.batch(said).asked.tolist() == [0, 1, 0, 2, 3]
+    assert tiny.batch(said).question_of.tolist() == [0, 1, 0, 2, 3]
     two = [Prompt("detail", "which one ?", "", x) for x in ((a, b), (a, a), (b, a), (a, b))]
-    assert tiny.batch(two).asked.tolist() == [0, 1, 2, 0], "all pictures count, in their order"
+    assert tiny.batch(two).question_of.tolist() == [0, 1, 2, 0], (
+        "all pictures count, in their order"
+    )
     shown = tiny.batch(said, images=[a] * 5)
-    assert shown.asked.tolist() == [0, 0, 0, 1, 2], "the pictures that are shown count"
-    assert tiny.batch(said).rows(torch.tensor([4, 2])).asked.tolist() == [3, 0]
+    assert shown.question_of.tolist() == [0, 0, 0, 1, 2], "the pictures that are shown count"
+    assert tiny.batch(said).rows(torch.tensor([4, 2])).question_of.tolist() == [3, 0]
 
 
 # --- the same states, in every family -------------------------------------------------------------
@@ -251,7 +255,7 @@ def test_pairs(tiny, kind):
         shake(tiny, "dpo")
     batch, *index = task.collate(group_pairs(pairs))
     assert packing_size(batch, tiny.width) > 1
-    both_ways(task, (batch, *index), task, (replace(batch, asked=None), *index))
+    both_ways(task, (batch, *index), task, (replace(batch, question_of=None), *index))
 
 
 def test_a_prompt_is_read_once_in_sampling(tiny, embedded, monkeypatch):
@@ -279,7 +283,7 @@ def test_ppo_with_several_answers_to_a_prompt(tiny):
     for p in policy.critic.head.parameters():
         torch.nn.init.normal_(p, std=0.3)
     roll = sample(tiny, described(2, 4), "actor", max_new_tokens=10, seed=2)
-    apart = replace(roll, batch=replace(roll.batch, asked=None))
+    apart = replace(roll, batch=replace(roll.batch, question_of=None))
     exp, info = experience_of(policy, rm, roll)
     exp2, info2 = experience_of(policy, rm, apart)
     assert info == pytest.approx(info2, rel=1e-4, abs=1e-6)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from vlmrlhf_course.data import preferences
-from vlmrlhf_course.data.pairs import doctor
+from vlmrlhf_course.data.pairs import text_fault
 from vlmrlhf_course.data.preferences import balance, dedupe, length_bias, most_diverse
 from vlmrlhf_course.data.preferences import PreferencesConfig, pairwise_votes, ranked_pairs
 from vlmrlhf_course.data.preferences import ranking_pairs, similarity
@@ -110,7 +110,7 @@ def test_balance():
     ],
 )
 def test_doctor(change, fault):
-    found = doctor(dict(chosen="a cat .", rejected="a dog .", weight=1.0) | change)
+    found = text_fault(dict(chosen="a cat .", rejected="a dog .", weight=1.0) | change)
     if fault is None:
         assert found is None
     else:
@@ -129,10 +129,13 @@ def test_length_bias(pairs):
 
 
 def test_a_closed_question_is_ranked_with_all_its_answers(monkeypatch):
-    "Also with one that the model would never give; none stands there twice, and others are left."
+    "And with no others; the model is asked the open ones only, and each gets its own answers."
     prompts = [Prompt(kind, "?", "yes .", "blank") for kind in ("exists", "exists", "detail")]
-    sampled = [["no .", "yes , a cat ."], ["no .", "yes ."], ["a cat .", "a fish ."]]
-    ranked = []
+    opened, ranked = [], []
+
+    def sampled(ask, prompts, cfg, seed):
+        opened.extend(prompts)
+        return [["a cat .", "a fish ."]]
 
     class Watched(DrawnWorld):
         def prompts(self, *a):
@@ -142,13 +145,10 @@ def test_a_closed_question_is_ranked_with_all_its_answers(monkeypatch):
             ranked.extend(answers)
             return []
 
-    monkeypatch.setattr(preferences, "sample_candidates", lambda *a: sampled)
+    monkeypatch.setattr(preferences, "sample_candidates", sampled)
     run = SimpleNamespace(source=Watched(), seed=0)
     needed = dict(sft=SimpleNamespace(answer=None))
     cfg = PreferencesConfig(balance=0)
     ranked_pairs(SimpleNamespace(run=run, cfg=cfg, needed=needed), "train", 3)
-    assert ranked == [
-        ["no .", "yes , a cat .", "yes ."],
-        ["no .", "yes ."],
-        ["a cat .", "a fish ."],
-    ]
+    assert opened == prompts[2:]
+    assert ranked == [["yes .", "no ."], ["yes .", "no ."], ["a cat .", "a fish ."]]

@@ -9,7 +9,6 @@ __all__ = ['similarity', 'dedupe', 'most_diverse', 'cohen_kappa', 'fleiss_kappa'
 
 # %% ../../nbs/04b_preferences.ipynb #imports
 import itertools
-import operator
 import random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from ..base.files import jsonl
 from ..base.metrics import progress
 from ..base.settings import UserError
 from ..base.stages import STAGES, Stage, Task
-from .pairs import check_edited, check_given, doctor, load_pairs
+from .pairs import check_edited, check_given, load_pairs, text_fault
 from .prompts import KINDS, Prompt
 
 # %% ../../nbs/04b_preferences.ipynb #similarity
@@ -194,7 +193,7 @@ def pair_rows(labelled: list[dict], min_gap: float = 0.0) -> list[dict]:
             pair = dict(chosen=r["answers"][i], rejected=r["answers"][j])
             gold = r["scores"][i] > r["scores"][j]
             out.append(about | pair | dict(weight=round(weight, 4), gold=gold))
-    return [row for row in out if doctor(row) is None]
+    return [row for row in out if text_fault(row) is None]
 
 # %% ../../nbs/04b_preferences.ipynb #stage
 def make_preferences(task: Task, built) -> dict:
@@ -229,10 +228,11 @@ def ranked_pairs(task: Task, split: str, n: int) -> tuple[list[dict], list[dict]
     "Answers of the SFT model with their rankings, and the pairs that these give."
     run, cfg, vlm = task.run, task.cfg, task.needed["sft"]
     prompts = run.source.prompts(split, n, cfg.kinds, f"preferences/{run.seed}")
-    candidates = sample_candidates(vlm.answer, prompts, cfg, run.seed)
     # People compare all answers to a closed question, however unlikely.
     closed = [run.source.choices(p) for p in prompts]
-    candidates = [list(dict.fromkeys(both)) for both in map(operator.add, candidates, closed)]
+    opened = [p for p, answers in zip(prompts, closed) if not answers]
+    sampled = iter(sample_candidates(vlm.answer, opened, cfg, run.seed))
+    candidates = [answers or next(sampled) for answers in closed]
     rows = run.source.rank(prompts, candidates, cfg, run.seed)
     pairs = pair_rows(rows, cfg.min_gap)
     return rows, balance(pairs, most=cfg.balance) if cfg.balance else pairs

@@ -147,7 +147,7 @@ class Vision(Parts):
             hook.remove()
         return seen[0]
 
-    def look(self, model, processor, images: list) -> list[tuple]:
+    def read_pictures(self, model, processor, images: list) -> list[tuple]:
         "For each picture its features, (items, tokens, D), and its size, (2,) or None."
         tower = self.part(model, "tower")
         marks, alone = [processor.image_token] * len(images), [[image] for image in images]

@@ -24,10 +24,10 @@ def distinct(
     batch,  # a `Batch`
 ) -> tuple:  # (U,) a row for each different prompt; (B,) which of these a row has
     "Each different prompt of a batch, once."
-    if batch.asked is None:
+    if batch.question_of is None:
         every = torch.arange(len(batch), device=batch.input_ids.device)
         return every, every
-    numbers, which = batch.asked.unique(return_inverse=True)
+    numbers, which = batch.question_of.unique(return_inverse=True)
     rows = torch.arange(len(which), device=which.device)
     first = rows.new_full((len(numbers),), len(which))  # lowered to the first row of each prompt
     return first.scatter_reduce(0, which, rows, "amin"), which
@@ -45,12 +45,12 @@ def who_sees(
 
 # %% ../../nbs/95_packing.ipynb #pack
 def layout(
-    asked: list[int],  # the prompt of each row of a batch
+    question_of: list[int],  # the prompt of each row of a batch
     size: int,  # answers in a packed row, at most
 ) -> list[np.ndarray]:  # for each packed row, rows of the batch
     "Which answers stand together: as evenly as possible, for all rows get the longest's length."
     groups = {}
-    for i, prompt in enumerate(asked):
+    for i, prompt in enumerate(question_of):
         groups.setdefault(prompt, []).append(i)
     parts = [np.array_split(g, -(-len(g) // size)) for g in groups.values()]
     return [part for split in parts for part in split]
@@ -99,11 +99,11 @@ def state_columns(
 
 # %% ../../nbs/95_packing.ipynb #pack-4
 def pack(
-    batch,  # a `Batch` with `asked`
+    batch,  # a `Batch` with `question_of`
     size: int = 8,  # answers in one row, at most
 ) -> tuple:  # a packed `Batch`; of each answer its row (B, 1) and `state_columns` (B, A+1)
     "Answers to a prompt behind each other, with positions and attention as if each stood alone."
-    at = places(batch, layout(batch.asked.tolist(), size))
+    at = places(batch, layout(batch.question_of.tolist(), size))
     where = state_columns(batch, at.start)
     row, column, filled, home, where = (
         torch.from_numpy(x).to(batch.input_ids.device)
@@ -118,10 +118,10 @@ def pack(
         attention_mask=real,
         answer_mask=batch.answer_mask[first][:, :0],
         prompt_length=row.shape[1],
-        asked=None,
+        question_of=None,
         pictures=batch.pictures.rows(first),
         positions=batch.position_ids[..., row, column],
-        sees=who_sees(owner, real),
+        attends=who_sees(owner, real),
     )
     return packed, home.unsqueeze(1), where
 
@@ -131,13 +131,13 @@ def packing_size(
     width: int,  # of the language model
 ) -> int:  # 1: not worth it
     "How many answers should share a row: the cheapest, with L·(6·width + L) for a row of L cells."
-    asked = [] if batch.asked is None else batch.asked.tolist()
+    question_of = [] if batch.question_of is None else batch.question_of.tolist()
     lengths = batch.lengths.cpu().numpy()
-    if len({*asked}) == len(asked):
+    if len({*question_of}) == len(question_of):
         return 1
 
     def cost(size):
-        rows = layout(asked, size)
+        rows = layout(question_of, size)
         L = batch.prompt_length + max(int(lengths[g].sum()) for g in rows)
         return len(rows) * L * (6 * width + L)
 

@@ -101,7 +101,7 @@ def picture_features(
     self: VLM,
     images: list[str],  # picture references, see `open_image`
     chunk: int = 128,  # pictures encoded at once, where all have one size
-) -> list[tuple[torch.Tensor, torch.Tensor | None]]:  # see `Family.look`
+) -> list[tuple[torch.Tensor, torch.Tensor | None]]:  # see `Family.read_pictures`
     """What the projector reads of each picture, and its size where the family needs that.
 
     Each different picture passes the tower once while the tower is frozen; gradients reach one
@@ -120,7 +120,7 @@ def picture_features(
         for start in range(0, len(new), step):
             refs = new[start : start + step]
             pictures = [open_image(ref, self.side) for ref in refs]
-            known.update(zip(refs, self.family.look(self.model, self.processor, pictures)))
+            known.update(zip(refs, self.family.read_pictures(self.model, self.processor, pictures)))
             self.encoded += len(refs)
     return [known[ref] for ref in images]
 
@@ -178,7 +178,7 @@ def batch(
     return replace(
         rows,
         positions=stack_positions(at, list(map(len, questions))),
-        asked=same_prompts([(p.text, refs) for p, refs in zip(prompts, shown)]),
+        question_of=same_prompts([(p.text, refs) for p, refs in zip(prompts, shown)]),
     ).to(self.device)
 
 # %% ../../nbs/02c_vlm.ipynb #forward
@@ -214,7 +214,7 @@ def hidden(
     cache=None,  # a `transformers` cache, which keeps keys and values
 ) -> torch.Tensor:  # (B, P+A, H)
     "Last hidden states of the language model, acting in a role."
-    embeds, mask = self.embed(batch, role), batch.sees
+    embeds, mask = self.embed(batch, role), batch.attends
     if mask is None:
         mask = self.family.attention(self.model, embeds, batch, cache)
     with self.acting(role):

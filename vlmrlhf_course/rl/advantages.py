@@ -81,7 +81,7 @@ class ValueHead(nn.Module):
     def __init__(self, width: int, vision_width: int, heads: int = 4):
         super().__init__()
         how = dict(kdim=vision_width, vdim=vision_width, batch_first=True)
-        self.look = nn.MultiheadAttention(width, heads, **how)
+        self.attend = nn.MultiheadAttention(width, heads, **how)
         self.norm = nn.LayerNorm(width)
         self.down, self.out = nn.Linear(width, width // 2), nn.Linear(width // 2, 1)
         nn.init.zeros_(self.out.weight)  # starts by predicting the mean score
@@ -106,11 +106,11 @@ class ValueHead(nn.Module):
         seen, has = hidden, items > 0
         if features is not None and has.any():
             pictures, padding = side_by_side(features, items[has].long())
-            look = torch.zeros_like(hidden)
+            read = torch.zeros_like(hidden)
             how = dict(key_padding_mask=padding, need_weights=False)
-            attended, _ = self.look(hidden[has], pictures, pictures, **how)
-            look[has] = attended.to(hidden.dtype)
-            seen = hidden + look
+            attended, _ = self.attend(hidden[has], pictures, pictures, **how)
+            read[has] = attended.to(hidden.dtype)
+            seen = hidden + read
         value = self.out(torch.tanh(self.down(self.norm(seen)))).squeeze(-1)
         return self.shift + self.scale * value
 

@@ -132,7 +132,7 @@ class Reading:
 def read_answers(rm: RewardModel, roll: Rollout, at_once: int) -> Reading:
     "Read sampled answers with the reference and the reward model, `at_once` at a time."
     vlm, batch = rm.vlm, roll.batch
-    reading = Reading(None, None, length_groups(batch.lengths, at_once, batch.asked))
+    reading = Reading(None, None, length_groups(batch.lengths, at_once, batch.question_of))
 
     def parts():
         return map(batch.rows, reading.groups)  # made anew each time: features are large

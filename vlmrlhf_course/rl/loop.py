@@ -226,7 +226,7 @@ def minibatches(exp: Experience, cfg: RLConfig, key: str, processes: int = 1):
     """`epochs` times over an experience, in minibatches of random prompts: lists of rows.
 
     Each is sorted by length, so that its micro-batches hold little padding."""
-    lengths = prompt_lengths(exp.batch.lengths, exp.batch.asked).tolist()
+    lengths = prompt_lengths(exp.batch.lengths, exp.batch.question_of).tolist()
     size, k = cfg.minibatch // processes, cfg.answers_per_prompt
     for epoch in range(cfg.epochs):
         first = range(0, len(lengths), k)  # of each prompt's answers

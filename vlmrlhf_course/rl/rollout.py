@@ -248,27 +248,27 @@ def plan_prompts(
 
 def prompt_lengths(
     lengths: torch.Tensor,  # (B,)
-    asked: torch.Tensor | None = None,  # (B,) of a `Batch`; default: all prompts differ
+    question_of: torch.Tensor | None = None,  # (B,) of a `Batch`; default: all prompts differ
 ) -> torch.Tensor:  # (B,)
     "Mean length of all answers to each row's prompt."
-    if asked is None:
+    if question_of is None:
         return lengths
-    asked, n = asked.unique(return_inverse=True, return_counts=True)[1:]
-    total = torch.zeros_like(n, dtype=torch.float).index_add(0, asked, lengths.float())
-    return (total / n)[asked]
+    question_of, n = question_of.unique(return_inverse=True, return_counts=True)[1:]
+    total = torch.zeros_like(n, dtype=torch.float).index_add(0, question_of, lengths.float())
+    return (total / n)[question_of]
 
 # %% ../../nbs/09_rollout.ipynb #plan-2
 def length_groups(
     lengths: torch.Tensor,  # (B,)
     size: int,
-    asked: torch.Tensor | None = None,  # (B,) rows with one number belong together
+    question_of: torch.Tensor | None = None,  # (B,) rows with one number belong together
 ) -> list[torch.Tensor]:  # index tensors of at most `size` rows
     "Rows of like length together: padding shrinks."
-    if asked is None:
+    if question_of is None:
         first = torch.arange(len(lengths), device=lengths.device)
     else:
-        first = asked.argsort(stable=True)  # or equal means would mix prompts
-    by_length = prompt_lengths(lengths, asked)[first].argsort(stable=True)
+        first = question_of.argsort(stable=True)  # or equal means would mix prompts
+    by_length = prompt_lengths(lengths, question_of)[first].argsort(stable=True)
     return list(first[by_length].split(size))
 
 

@@ -68,9 +68,9 @@ def backward_through(
     the whole of it."""
     if not items:
         raise ValueError("an empty batch: give at least one item")
-    bare, world = accelerator.unwrap_model(task), accelerator.num_processes
-    mine = items[accelerator.process_index :: world] if shard else items
-    most = math.ceil(len(items) / world) if shard else len(items)  # items of any process
+    bare, processes = accelerator.unwrap_model(task), accelerator.num_processes
+    mine = items[accelerator.process_index :: processes] if shard else items
+    most = math.ceil(len(items) / processes) if shard else len(items)  # items of any process
     parts = [mine[i : i + micro_batch] for i in range(0, most, micro_batch)]
     # who has less than the others does an item that counts for nothing
     batches = [bare.collate(part or items[:1]) for part in parts]
@@ -84,7 +84,7 @@ def backward_through(
         with nullcontext() if last else accelerator.no_sync(task):
             summed, more = task(b)
             # DDP averages over processes: undo that
-            accelerator.backward(summed * bool(part) * world / total)
+            accelerator.backward(summed * bool(part) * processes / total)
         loss = loss + summed.detach() * bool(part) / total
         shares = {k: v * count / max(1, sum(counts)) for k, v in more.items()}
         metrics = {k: metrics.get(k, 0.0) + v for k, v in shares.items()}

@@ -20,7 +20,7 @@ from ..base.stages import STAGES, Stage, Task
 from ..data.prompts import Prompt
 from ..model.vlm import VLM
 from ..train.fit import FitConfig, fit
-from .judge import Verdict, judge
+from .judge import Verdict, judge_reply
 from .scenes import COLOURS, Group, NOUNS, PLACES, RELATIONS, SIZES, Scene
 from .scenes import Thing, scene_of
 
@@ -169,7 +169,7 @@ class SeenBy:
         "Counts of an answer's claims, as far as the detector can tell; None without a picture."
         if not isinstance(prompt.image, str):
             return None
-        return judge(text, self.scenes([prompt])[0])
+        return judge_reply(prompt, text, self.scenes([prompt])[0])
 
 # %% ../../nbs/06c_detector.ipynb #quality
 def claims_of(scene: Scene) -> dict[str, set]:

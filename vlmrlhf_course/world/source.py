@@ -11,7 +11,7 @@ from typing import Callable
 from ..data.prompts import Prompt
 from ..model.vlm import VLM, answer
 from .hallucination import hallucinations, pope_questions
-from .judge import Verdict, figure_parts, judge, summarise
+from .judge import Verdict, figure_parts, judge, judge_reply, summarise
 from .pretrain import pretrained_vlm
 from .rubric import annotate, true_score
 from .scenes import Scene, WorldConfig, careless, make_prompt, sample_scenes
@@ -134,7 +134,7 @@ class DrawnWorld:
         return true_score(prompt, text) if scene_of(prompt) else None
 
     def judge(self, prompt: Prompt, text: str) -> Verdict | None:
-        return judge(text, scene_of(prompt)) if scene_of(prompt) else None
+        return judge_reply(prompt, text, scene_of(prompt)) if scene_of(prompt) else None
 
     parts = staticmethod(figure_parts)
 
