@@ -223,7 +223,7 @@ def agreement(task: Task, split: str, rows: list[dict]) -> dict[str, float]:
     except ValueError as e:
         raise UserError(f"{task.folder}: rankings of {split}: {e}; rank without ties") from None
 
-
+# %% ../../nbs/04b_preferences.ipynb #stage-ranked
 def ranked_pairs(task: Task, split: str, n: int) -> tuple[list[dict], list[dict]]:
     "Answers of the SFT model with their rankings, and the pairs that these give."
     run, cfg, vlm = task.run, task.cfg, task.needed["sft"]
