@@ -132,7 +132,8 @@ def test_emergency_and_controller():
         return net.weight.detach().clone()
 
     good = move()
-    assert not state.after(1.0, cfg, control=False) and state.control.beta == 4.0
+    assert not state.after(9.5, cfg, control=False) and state.control.beta == 4.0
+    assert not state.reached
     assert not state.after(1.0, cfg) and state.control.beta == 4.0  # it has never been at 6 nats
     assert not state.after(6.5, cfg) and state.control.beta == 4.0
     assert not state.after(1.0, cfg) and state.control.beta == 3.0
