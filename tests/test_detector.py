@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,6 +69,13 @@ def test_quality_by_counting():
     there = sum(len(claims_of(s)["things"]) for s in scenes)
     assert others["recall"]["things"] == pytest.approx(hits / there)
     assert others["precision"]["things"] == pytest.approx(hits / there)  # as many were found
+
+
+def test_quality_of_one_that_overlooks():
+    "It sees the kite alone: what it says is right, and a third of the things is there."
+    quality = precision_recall([replace(SCENE, groups=SCENE.groups[1:])], [SCENE])
+    assert quality["precision"] == dict(things=1.0, attributes=1.0, relations=0.0)
+    assert quality["recall"] == dict(things=1 / 3, attributes=2 / 6, relations=0.0)
 
 
 @pytest.fixture(scope="module")
