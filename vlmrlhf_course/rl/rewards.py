@@ -51,9 +51,8 @@ def reward(name: str):
 # What the metrics hold besides the means of rewards. (`length` is a reward, and the same figure.)
 FIGURES = frozenset(
     "step phase beta emergency skipped validation reward reward_std reward_min reward_max score "
-    "score_std true_score ended kl kl_std kl_max kl_token unique perplexity explained_variance "
-    "flat_groups loss grad_norm policy_loss value_loss entropy clipped pair_agreement "
-    "pair_loglik".split()
+    "score_std true_score ended kl kl_max kl_token unique perplexity explained_variance "
+    "flat_groups loss grad_norm policy_loss value_loss entropy clipped".split()
 )
 
 
