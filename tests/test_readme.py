@@ -81,6 +81,12 @@ def test_figures_quoted_in_chapters_are_measured():
     assert not wrong
 
 
+def test_what_the_readme_says_of_fuzzing_is_on_record():
+    fuzz = json.loads((REPO / "tests" / "proofs.json").read_text("utf-8"))["fuzz"]
+    assert fuzz["minutes"] >= 60 and fuzz["violations"] == 0
+    assert f"an hour, {fuzz['cases']:,} cases, nothing" in readme()
+
+
 # --- how the ledger is made -----------------------------------------------------------------------
 
 
