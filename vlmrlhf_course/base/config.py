@@ -53,7 +53,11 @@ def load_layers(
     return layers
 
 # %% ../../nbs/94b_config.ipynb #merge
-MIXTURES = ("reward", "kinds")  # settings that map names to weights: whoever gives one gives all
+MIXTURES = (
+    "reward",
+    "kinds",
+    "anchor_kinds",
+)  # settings that map names to weights: whoever gives one gives all
 
 
 def merge_sections(below: dict, above: dict) -> dict:

@@ -45,7 +45,8 @@ class RLConfig:
     )
     actor_lr: float = 1e-3
     clip: float = 0.2
-    anchor: float = 0.0  # weight of KL on what is not asked here, against forgetting it
+    anchor: float = 0.0  # price of a nat on what shall stay as it was: `anchor_kinds`
+    anchor_kinds: dict[str, float] = field(default_factory=lambda: dict(exists=1.0))
     grad_clip: float = 1.0
     temperature: float = 1.0  # of sampling, and of the ratio
     max_new_tokens: int = 72
@@ -87,6 +88,7 @@ def check_rl(cfg: RLConfig):
     check_ranges(cfg, clip="(0, 1)", warmup="[0, 1]", finish="[0, 1]", no_eos="(-inf, inf)")
     check_ranges(cfg, actor_lr="[0, inf)", beta="[0, inf)", anchor="[0, inf)")
     check_mixture(cfg, kinds=tuple(k for k in KINDS if k != "text"))  # planned by pictures
+    check_mixture(cfg, anchor_kinds=tuple(KINDS))
     check_reward(cfg.reward)
     k = cfg.answers_per_prompt
     if cfg.answers % k or cfg.minibatch % k:
@@ -156,6 +158,7 @@ class Experience:
     states: torch.Tensor | None = None  # (B, A+1, H) for a critic that reads the reward model's
     beta: float = 0.0  # of a KL term in the loss
     remember: tuple[Prompt, ...] = ()  # demonstrations; the i-th goes where answer i goes
+    remember_weight: float = 1.0  # of each, in what the loss counts
 
     def rows(self, index: torch.Tensor):
         "Some of its answers, without padding that none of them needs."
@@ -217,6 +220,7 @@ def collate(self: Algorithm, items: list[tuple[Experience, int]]) -> Experience:
     exp, rows = items[0][0], [row for _, row in items]
     part = exp.rows(torch.tensor(rows))
     part.remember = tuple(exp.remember[row] for row in rows if row < len(exp.remember))
+    part.remember_weight = self.count(exp) / max(1, len(exp.remember))
     return part
 
 
@@ -234,9 +238,9 @@ def forward(self: Algorithm, exp: Experience):
     # A part without demonstrations says 0: all parts have the same figures.
     forgotten = loss.new_zeros(())
     if exp.remember:
-        forgotten = self.cfg.anchor * self.forgotten(exp.remember)
+        forgotten = self.forgotten(exp.remember) * exp.remember_weight
     metrics["anchor"] = float(forgotten.detach() / self.count(exp))
-    return loss + forgotten, metrics
+    return loss + self.cfg.anchor * forgotten, metrics
 
 
 @patch

@@ -111,6 +111,7 @@ def experience(self: PPO, roll, reading: Reading, score, dense, beta: float, red
     tokens["advantages"] = whiten(advantages, mask, reduce=reduce)
     states = reading.states if cfg.critic == "head" else None
     figures = dict(explained_variance=explained_variance(values, returns, mask))
+    figures["value"] = float(masked_mean(values, mask))
     return Experience(roll.batch, tokens, states), figures
 
 

@@ -68,10 +68,11 @@ class DPOTask(nn.Module):
         self.role = vlm.add_role(name, cfg.lora)
 
     def collate(self, groups):
-        return pair_batch(self.vlm, groups)
+        return *pair_batch(self.vlm, groups), len(groups)
 
     def count(self, batch) -> int:
-        return len(batch[1])
+        "What the loss is a mean over: prompts, as the reward model's."
+        return batch[2]
 
     def logprobs(self, batch: Batch, role: str | None) -> torch.Tensor:
         "(B,) of whole answers."
@@ -79,7 +80,7 @@ class DPOTask(nn.Module):
         return (token_logprobs(logits, batch.answers) * batch.answer_mask).sum(1)
 
     def forward(self, batch):
-        batch, pairs = batch
+        batch, pairs, _ = batch
         chosen, rejected, weight = pair_tensors(pairs, batch.input_ids.device)
         new = self.logprobs(batch, self.role.name)
         with torch.no_grad():

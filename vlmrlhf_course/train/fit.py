@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['warmup_cosine', 'FitConfig', 'backward_through', 'adamw_for', 'check_finite', 'fit', 'grad_norms', 'converged',
-           'in_epochs']
+           'in_epochs', 'early_stop', 'EarlyStopping']
 
 # %% ../../nbs/03_fit.ipynb #imports
 import math
@@ -191,3 +191,44 @@ def in_epochs(items: list, size: int, key: str) -> Callable[[int], list]:
         return [order(epoch)[k] for epoch, k in places]
 
     return items_at
+
+# %% ../../nbs/03_fit.ipynb #early
+def early_stop(
+    history: list[float],  # a figure at each look, higher is better, oldest first
+    patience: int = 3,  # looks without a new best
+) -> bool:
+    "Has the figure not risen for `patience` looks?"
+    return bool(history) and len(history) - 1 - history.index(max(history)) >= patience
+
+# %% ../../nbs/03_fit.ipynb #early-stopping
+class EarlyStopping:
+    "Looks now and then, keeps the best weights and says when to stop: a `stop` for `fit`."
+
+    def __init__(
+        self,
+        model: nn.Module,
+        state: Callable[[], dict],  # gives the weights to keep
+        look: Callable[[], float],  # a figure on data that is not trained on: higher is better
+        every: int,  # steps from one look to the next
+        patience: int = 3,  # looks without a new best
+    ):
+        self.model, self.state, self.look = model, state, look
+        self.every, self.patience = every, patience
+        self.history, self.best = [], None
+
+    def __call__(self, step: int) -> bool:
+        if step % self.every:
+            return False
+        self.model.eval()
+        self.history.append(self.look())
+        self.model.train()
+        if self.history.index(max(self.history)) == len(self.history) - 1:
+            self.best = {k: v.clone() for k, v in self.state().items()}
+        return early_stop(self.history, self.patience)
+
+    def state_dict(self) -> dict:
+        "What a run that is continued must not forget: its looks, and its best weights."
+        return dict(history=self.history, best=self.best)
+
+    def load_state_dict(self, state: dict):
+        self.history, self.best = state["history"], state["best"]

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LOOKS', 'last_real', 'ScoreHead', 'bt_loss', 'RewardConfig', 'RewardModel', 'pair_batch', 'pair_tensors',
-           'RewardTask', 'score_texts', 'pair_accuracy', 'early_stop', 'EarlyStopping', 'reward_steps', 'train_reward',
-           'fix_scale', 'swap_pictures', 'early_stopping', 'make_reward', 'load_reward']
+           'RewardTask', 'score_texts', 'pair_accuracy', 'reward_steps', 'train_reward', 'fix_scale', 'swap_pictures',
+           'early_stopping', 'agreement', 'make_reward', 'load_reward']
 
 # %% ../../nbs/05_reward.ipynb #imports
-import itertools
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -23,7 +23,7 @@ from ..data.prompts import Prompt
 from ..model.batch import Batch
 from ..model.roles import LoRAConfig
 from ..model.vlm import VLM
-from .fit import FitConfig, fit, in_epochs
+from .fit import EarlyStopping, FitConfig, fit, in_epochs
 
 # %% ../../nbs/05_reward.ipynb #pool
 def last_real(
@@ -189,15 +189,20 @@ def load(self: RewardModel, state: dict[str, torch.Tensor]):
 
 # %% ../../nbs/05_reward.ipynb #task-2
 def pair_batch(vlm: VLM, groups: list[list[dict]]) -> tuple[Batch, list[tuple]]:
-    "A batch of all different answers in groups of pairs; and (chosen, rejected, weight), by rows."
+    """A batch of all different answers in groups of pairs; and (chosen, rejected, weight), by rows.
+
+    A prompt counts once, however many pairs it has: 1/(pairs) is Ouyang's 1/(K over 2). Else a long
+    description outweighs ten questions."""
     rows = {}
 
     def row(pair, side):
         return rows.setdefault((pair["image"], pair["prompt"], pair[side]), len(rows))
 
     pairs = []
-    for pair in itertools.chain.from_iterable(groups):
-        pairs.append((row(pair, "chosen"), row(pair, "rejected"), pair.get("weight", 1.0)))
+    for group in groups:
+        for pair in group:
+            weight = pair.get("weight", 1.0) / len(group)
+            pairs.append((row(pair, "chosen"), row(pair, "rejected"), weight))
     prompts = [Prompt("", text, "", image) for image, text, _ in rows]
     return vlm.batch(prompts, [said for *_, said in rows]), pairs
 
@@ -215,13 +220,7 @@ class RewardTask(nn.Module):
         self.rm = rm
 
     def collate(self, groups):
-        """A prompt counts once, however many pairs it has: 1/(pairs) is Ouyang's 1/(K over 2).
-
-        Else a long description outweighs ten questions."""
-        batch, pairs = pair_batch(self.rm.vlm, groups)
-        sizes = [len(group) for group in groups for _ in group]
-        pairs = [(c, r, weight / size) for (c, r, weight), size in zip(pairs, sizes)]
-        return batch, pairs, len(groups)
+        return *pair_batch(self.rm.vlm, groups), len(groups)
 
     def count(self, batch) -> int:
         return batch[2]
@@ -281,45 +280,6 @@ def _changed(pair: dict, image: str | None, prompt: str | None) -> dict:
     if prompt:
         changes["prompt"] = prompt
     return pair | changes
-
-# %% ../../nbs/05_reward.ipynb #early
-def early_stop(
-    history: list[float],  # validation accuracy at each look, oldest first
-    patience: int = 3,  # looks without a new best
-) -> bool:
-    "Has validation accuracy not risen for `patience` looks?"
-    return bool(history) and len(history) - 1 - history.index(max(history)) >= patience
-
-# %% ../../nbs/05_reward.ipynb #early-stopping
-class EarlyStopping:
-    "Looks at validation pairs, keeps the best weights and says when to stop: a `stop` for `fit`."
-
-    def __init__(
-        self,
-        rm: RewardModel,
-        rows: list[dict],  # validation pairs
-        every: int,  # steps from one look to the next
-        patience: int = 3,  # looks without a new best
-    ):
-        self.rm, self.rows, self.every, self.patience = rm, rows, every, patience
-        self.history, self.best = [], None
-
-    def __call__(self, step: int) -> bool:
-        if step % self.every:
-            return False
-        self.rm.eval()
-        self.history.append(pair_accuracy(self.rm, self.rows)["labels"])
-        self.rm.train()
-        if self.history.index(max(self.history)) == len(self.history) - 1:
-            self.best = {k: v.clone() for k, v in self.rm.state().items()}
-        return early_stop(self.history, self.patience)
-
-    def state_dict(self) -> dict:
-        "What a run that is continued must not forget: its looks, and its best weights."
-        return dict(history=self.history, best=self.best)
-
-    def load_state_dict(self, state: dict):
-        self.history, self.best = state["history"], state["best"]
 
 # %% ../../nbs/05_reward.ipynb #train
 def reward_steps(cfg: RewardConfig, prompts: int) -> int:
@@ -382,7 +342,12 @@ def early_stopping(
         return None
     prompts = len(group_pairs(train)[: cfg.prompts or None])
     every = max(1, reward_steps(cfg, prompts) // LOOKS)
-    return EarlyStopping(rm, validation, every, cfg.patience)
+    return EarlyStopping(rm, rm.state, partial(agreement, rm, validation), every, cfg.patience)
+
+
+def agreement(rm: RewardModel, rows: list[dict]) -> float:
+    "The share of pairs whose labels the reward model confirms."
+    return pair_accuracy(rm, rows)["labels"]
 
 # %% ../../nbs/05_reward.ipynb #make
 def make_reward(task: Task, rm: RewardModel) -> dict:

@@ -21,6 +21,7 @@ from transformers import LlavaForConditionalGeneration, SiglipVisionModel
 from ..base.checkpoints import clear_checkpoints, load_model, save_folder
 from ..base.files import sealed_as, sweep, write_known
 from ..base.folders import RUN, claim, lock, unlock
+from ..base.metrics import seed_of
 from ..base.records import digest_of, read_jsonl
 from ..base.settings import UserError, alone
 from ..data.prompts import Prompt
@@ -292,7 +293,7 @@ def pretrained_vlm(seed: int = 0) -> VLM:
         vision_width=seen.hidden_size,
     )
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(seed_of("projector", seed))  # not the one that pretraining began with
         vlm = VLM(build_model(cfg), build_processor(cfg))
     vlm.tower.load_state_dict(tower.state_dict())
     vlm.language.load_state_dict(language.model.state_dict())
