@@ -25,7 +25,7 @@ WARM = (
 
 
 class Job(NamedTuple):
-    tests: str  # `test_kl.py -k 'k1 or k2'`
+    tests: str  # `test_kl.py -k 'k1 or k2'`, or several files
     name: str = ""
     module: Path | None = None  # what is other in the copy, relative to the package,
     text: str = ""  # and its text there
@@ -62,7 +62,8 @@ def run_tests(tests: str, folder: Path) -> int:
 
     file, chosen = file_and_choice(tests)
     options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "--hypothesis-profile=mutants"]
-    return int(pytest.main([*options, str(TESTS / file), "-k", chosen]))
+    files = [str(TESTS / name) for name in file.split()]
+    return int(pytest.main([*options, *files, "-k", chosen]))
 
 
 def file_and_choice(tests: str) -> tuple[str, str]:

@@ -32,6 +32,7 @@ class RLConfig:
 
     reward: dict[str, float] = field(default_factory=lambda: dict(rm=1.0))  # see chapter 9b
     reward_model: str = "reward"  # section of the reward model
+    chosen_by: str = ""  # … of a second one, which chooses the policy (without: the arm's score)
     detector: str = "detector"  # … and of the detector, where `penalty` is paid
     iterations: int = 48
     answers: int = 160  # sampled in each iteration, over all processes
@@ -60,7 +61,7 @@ class RLConfig:
     finish: float = 0.4  # phase 3: lr decays to 0, β × 1.5
     eval_every: int = 8  # iterations between validations …
     save_every: int = 8  # … and between checkpoints
-    keep: str = "best"  # which policy is the result: the best on validation, or the last
+    keep: str = "best"  # which policy is the result: see `chosen_by`; or the last
     lora: LoRAConfig = LoRAConfig()
     penalty: PenaltyConfig = PenaltyConfig()
 
@@ -90,6 +91,10 @@ def check_rl(cfg: RLConfig):
     check_mixture(cfg, kinds=tuple(k for k in KINDS if k != "text"))  # planned by pictures
     check_mixture(cfg, anchor_kinds=tuple(KINDS))
     check_reward(cfg.reward)
+    if cfg.chosen_by == cfg.reward_model:
+        raise ValueError(
+            f"chosen_by={cfg.chosen_by}: that is the model that pays; give another, or leave it out"
+        )
     k = cfg.answers_per_prompt
     if cfg.answers % k or cfg.minibatch % k:
         sizes = f"answers ({cfg.answers}) and minibatch ({cfg.minibatch})"

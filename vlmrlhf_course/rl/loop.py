@@ -202,7 +202,7 @@ def train(
     validation: list[Prompt],
     folder: Path,  # for checkpoints and metrics
     seed: int = 0,
-    pairs: list[dict] = (),  # validation pairs: which policy is best
+    second: RewardModel | None = None,  # which policy is best: see `validate`
     demonstrations: Callable = lambda step: [],  # step → what to remember: see `RLConfig.anchor`
     observers: tuple = (),  # each is called after an iteration: (step, **its figures)
 ) -> State:
@@ -222,8 +222,8 @@ def train(
         asked = ask(prompts, cfg, f"ppo/{seed}/{step}", *learner.share)
         figures = iteration(learner, asked, step, seed)
         if done % cfg.eval_every == 0 or done == cfg.iterations:
-            figures |= validate(algorithm, scores, validation, pairs)
-            state.keep_best(figures.get("pair_agreement", figures["validation"]))
+            figures |= validate(algorithm, scores, validation, second)
+            state.keep_best(figures.get("second_opinion", figures["validation"]))
         for observe in (log, *observers):
             observe(step, **figures)
         if done % cfg.save_every == 0:
@@ -272,10 +272,9 @@ def make_policy(task: Task, algorithm: Algorithm) -> dict:
     run, cfg, source = task.run, task.cfg, task.run.source
     prompts = source.prompts("train", cfg.pool, cfg.kinds, f"ppo/{run.seed}")
     validation = source.prompts("validation", 128, cfg.kinds, f"ppo/{run.seed}")
-    pairs = task.needed["preferences"][1][:512]
-    scores = scores_of(task)
-    known = dict(pairs=pairs, demonstrations=kept_in_mind(task))
-    state = train(algorithm, scores, prompts, validation, task.folder, run.seed, **known)
+    more = dict(second=task.needed.get(cfg.chosen_by), demonstrations=kept_in_mind(task))
+    asked = (prompts, validation)
+    state = train(algorithm, scores_of(task), *asked, task.folder, run.seed, **more)
     save_tensors(algorithm.actor.state(), task.folder / "actor.safetensors", task.of)
     best = state.best if math.isfinite(state.best) else None  # no validation was a number
     return dict(emergencies=state.emergencies, best=best)
@@ -292,11 +291,8 @@ def rl_stage(config: type, algorithm: type) -> Stage:
     "The stage of an algorithm: an arm is a section of its kind."
 
     def needs(cfg: RLConfig) -> tuple[str, ...]:
-        return (
-            "preferences",
-            cfg.reward_model,
-            *([cfg.detector] if cfg.reward.get("penalty") else []),
-        )
+        detector = cfg.detector if cfg.reward.get("penalty") else ""
+        return tuple(filter(None, (cfg.reward_model, cfg.chosen_by, detector)))
 
     def build(task: Task) -> Algorithm:
         if task.cfg.lora.dropout:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOOKS', 'last_real', 'ScoreHead', 'bt_loss', 'RewardConfig', 'RewardModel', 'pair_batch', 'pair_tensors',
-           'RewardTask', 'score_texts', 'pair_accuracy', 'reward_steps', 'train_reward', 'fix_scale', 'swap_pictures',
-           'early_stopping', 'agreement', 'make_reward', 'load_reward']
+           'RewardTask', 'score_texts', 'pair_accuracy', 'reward_steps', 'learned_from', 'train_reward', 'fix_scale',
+           'swap_pictures', 'early_stopping', 'agreement', 'make_reward', 'load_reward']
 
 # %% ../../nbs/05_reward.ipynb #imports
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +17,7 @@ from torch import nn
 from ..base.checkpoints import load_tensors, save_tensors
 from ..base.config import check_choices, check_ranges
 from ..base.records import digest_of
+from ..base.settings import UserError
 from ..base.stages import STAGES, Stage, Task
 from ..data.pairs import group_pairs
 from ..data.prompts import Prompt
@@ -125,14 +126,15 @@ class RewardConfig:
     margin_coef: float = 0.1
     pull_coef: float = 0.01
     epochs: float = 1.25
-    prompts: int = 0  # learn from this many prompts only (0: all)
+    prompts: int = 0  # learn from this many prompts only (0: all) …
+    skip: int = 0  # … after leaving out so many: what one model learns from, another may not
     patience: int = 0  # looks at validation without a new best before it stops (0: to the end)
     fit: FitConfig = FitConfig(lr=2e-3, batch=12, micro_batch=12, save_every=100)
 
     def __post_init__(self):
         poolings, norms = ("last", "mean", "attention"), ("layer", "batch", "tanh", "none")
         check_choices(self, granularity=("scalar", "token"), pooling=poolings, norm=norms)
-        counts = ("margin", "margin_coef", "pull_coef", "prompts", "patience")
+        counts = ("margin", "margin_coef", "pull_coef", "prompts", "skip", "patience")
         check_ranges(self, epochs="(0, inf)", **dict.fromkeys(counts, "[0, inf)"))
 
 # %% ../../nbs/05_reward.ipynb #reward-model
@@ -287,6 +289,15 @@ def reward_steps(cfg: RewardConfig, prompts: int) -> int:
     return max(1, round(cfg.epochs * prompts / cfg.fit.batch))
 
 
+def learned_from(pairs: list[dict], cfg: RewardConfig) -> list[list[dict]]:
+    "The pairs of each prompt that a reward model learns from. Raises UserError where none is left."
+    groups = group_pairs(pairs)
+    chosen = groups[cfg.skip :][: cfg.prompts or None]
+    if not chosen:
+        raise UserError(f"skip={cfg.skip}: there are {len(groups)} prompts; leave out fewer")
+    return chosen
+
+
 def train_reward(
     rm: RewardModel,
     pairs: list[dict],
@@ -297,7 +308,7 @@ def train_reward(
 ) -> RewardModel:  # the same, trained and frozen
     """Fit the reward model, then fix its scale: on the training answers rewards get mean 0 and
     standard deviation 1."""
-    groups = group_pairs(pairs)[: cfg.prompts or None]
+    groups = learned_from(pairs, cfg)
     items_at = in_epochs(groups, cfg.fit.batch, f"reward/{seed}")
     rm.shift.zero_()
     rm.scale.fill_(1.0)
@@ -340,7 +351,7 @@ def early_stopping(
     cfg = rm.cfg
     if not cfg.patience:
         return None
-    prompts = len(group_pairs(train)[: cfg.prompts or None])
+    prompts = len(learned_from(train, cfg))
     every = max(1, reward_steps(cfg, prompts) // LOOKS)
     return EarlyStopping(rm, rm.state, partial(agreement, rm, validation), every, cfg.patience)
 
