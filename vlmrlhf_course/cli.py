@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 from safetensors import SafetensorError
-from .arms import end_with_parent, train_arms
+from .arms import Arms, end_with_parent
 from .base.config import arms_layer, load_layers, scales
 from .base.settings import Settings, UserError, alone, home, is_main, load_settings
 from .base.settings import nearest
@@ -174,20 +174,28 @@ def run_all(run, args) -> dict:
 
 
 def make_arms(run, args, jobs: int):
-    "All stages before the evaluation: what arms have in common here, each arm in a process."
+    """All stages before the evaluation: what arms have in common here, each arm in a process.
+
+    One core trains here, so that an arm that needs no more than is there may take another."""
     from vlmrlhf_course.base.stages import before, kind_of
     from vlmrlhf_course.pipeline import obtain
 
     stages = before(run, "evaluate")
-    common = [n for n in stages if any(n in before(run, other) for other in stages)]
-    for name in common if alone() else stages:  # under torchrun: all here, on all processes
-        obtain(run, name)
-    arms = {name: kind_of(run.layers, name) for name in stages if name not in common}
-    if alone():
+    if not alone():  # under torchrun: all here, on all processes
+        for name in stages:
+            obtain(run, name)
+        return
+    needs = {name: set(before(run, name)) for name in stages}
+    common = [name for name in stages if any(name in others for others in needs.values())]
+    verbs = {name: kind_of(run.layers, name) for name in stages if name not in common}
+    options = ["--scale", args.scale, "--threads", str(args.threads)]
+    options += ["--skip-bad"] * args.skip_bad + (["--set", *args.set] if args.set else [])
+    with Arms(run, verbs, needs, options) as arms:
+        for i, name in enumerate(common, 1):
+            obtain(run, name)
+            arms.start(jobs - 1, missing=set(common[i:]))
         run.kept.clear()  # the arms load what they need; this process only waits
-        options = ["--scale", args.scale, "--threads", str(args.threads)]
-        options += ["--skip-bad"] * args.skip_bad + (["--set", *args.set] if args.set else [])
-        train_arms(run, arms, options, jobs)
+        arms.finish(jobs)
 
 # %% ../nbs/91_cli.ipynb #run-all-2
 def cost_of(run, start: float, jobs: int) -> dict:

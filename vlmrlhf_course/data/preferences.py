@@ -137,7 +137,7 @@ def balance(
 
 # %% ../../nbs/04b_preferences.ipynb #config
 def _usual_kinds() -> dict[str, float]:
-    return dict(detail=0.38, brief=0.06, exists=0.5, count=0.02, colour=0.02, relation=0.02)
+    return dict(detail=0.55, brief=0.09, exists=0.3, count=0.02, colour=0.02, relation=0.02)
 
 
 @dataclass(frozen=True)
