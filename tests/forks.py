@@ -76,7 +76,7 @@ def verdict(status: int, log: str) -> tuple[str, str]:
     "What became of a mutant, and which test noticed it."
     if os.WIFSIGNALED(status):
         hung = os.WTERMSIG(status) == signal.SIGKILL
-        return ("killed", f"did not end in {LIMIT} s") if hung else ("ERROR", "")
+        return ("killed", "did not end in time") if hung else ("ERROR", "")
     code = os.WEXITSTATUS(status)
     failed = [line for line in log.splitlines() if line.startswith("FAILED")]
     if code == 1 and failed:
@@ -89,16 +89,16 @@ class Running(NamedTuple):
     folder: Path
     since: float
 
-    def ended(self, pid: int):
+    def ended(self, pid: int, limit: float):
         "Exit status and CPU time used, or None while it runs. What takes too long is killed."
         done, status, used = os.wait4(pid, os.WNOHANG)
-        if not done and time.time() - self.since > LIMIT:
+        if not done and time.time() - self.since > limit:
             os.killpg(pid, signal.SIGKILL)
             done, status, used = os.wait4(pid, 0)
         return (status, used.ru_utime + used.ru_stime) if done else None
 
 
-def run_all(work: list[Job], at_once: int, report):
+def run_all(work: list[Job], at_once: int, report, limit: float = LIMIT):
     """Run all `work`, `at_once` at a time. As each job ends,
     `report(job, verdict, by whom, seconds of CPU time, log)` is called."""
     waiting, running = list(work), {}
@@ -109,7 +109,7 @@ def run_all(work: list[Job], at_once: int, report):
                 running[start(job, folder)] = Running(job, folder, time.time())
             time.sleep(0.02)
             for pid, run in list(running.items()):
-                end = run.ended(pid)
+                end = run.ended(pid, limit)
                 if not end:
                     continue
                 del running[pid]

@@ -4,6 +4,7 @@ named beside it must fail.
     python tests/mutants.py               # all of them; exits 1 if any survives; see proofs.json
     python tests/mutants.py --only gae    # those whose name holds `gae`
     python tests/mutants.py --jobs 2
+    python tests/mutants.py --random 100 --seed 0   # such as nobody chose: see random_mutants.py
 
 The mutants stand in `mutations/`, a file for each room of the package: where, what it does, the
 old snippet and the new one. The snippet must occur once in that function or class, in whatever
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 import yaml
 from forks import PACKAGE, TESTS, Job, file_and_choice, run_all, warm_up
+from random_mutants import run_random
 
 TABLES = TESTS / "mutations"
 
@@ -121,11 +123,11 @@ def check_health(chosen: list[Mutant], jobs: int):
     run_all(work, jobs, healthy)
 
 
-def record(counts: dict):
+def record(counts: dict, key: str = "mutants"):
     "Write what was found to tests/proofs.json."
     file = TESTS / "proofs.json"
     proofs = json.loads(file.read_text()) if file.is_file() else {}
-    proofs["mutants"] = counts | dict(date=str(date.today()))
+    proofs[key] = counts | dict(date=str(date.today()))
     file.write_text(json.dumps(proofs, indent=1) + "\n")
 
 
@@ -133,7 +135,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", metavar="NAME", help="mutants whose name holds this")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--random", type=int, default=0, metavar="N", help="N that nobody chose")
+    parser.add_argument("--seed", type=int, default=0, help="of --random")
     args = parser.parse_args()
+    if args.random:
+        found = run_random(args.random, args.seed, args.jobs)
+        record(found, "random_mutants")
+        sys.exit(found["noticed"] < 0.95 * args.random)
     chosen = [m for m in MUTANTS if args.only in m.name]
     check_snippets(chosen, args.only)
     warm_up()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Iterator, NamedTuple
 
 import yaml
-from forks import PACKAGE, TESTS, Job
+from forks import PACKAGE, TESTS, Job, run_all, warm_up
 
 ROOMS = ("data", "model", "rl", "train", "world")
 FILES = ("report/evaluate.py", "base/metrics.py")
@@ -34,6 +34,7 @@ SWAPS = {
     ast.BitOr: "&",
 }
 SIGNS = "+ - * / < <= > >= == != and or & |".split()
+LIMIT = 1800  # seconds by the clock: whole files of tests run on each
 DROPPED = ("detach", "clamp", "clamp_", "abs", "sqrt", "float", "eval", "sort")
 
 
@@ -201,3 +202,21 @@ def rounds_of(change: Change) -> list[list[str]]:
 
 def job(change: Change, files: list[str]) -> Job:
     return Job(" ".join(files), change.name, change.module, change.text)
+
+
+def run_random(n: int, seed: int, jobs: int) -> dict:
+    "Draw changes and try them on the tests. Prints who survives; returns what there is to record."
+    warm_up()
+    left = {change.name: (change, rounds_of(change)) for change in draw(n, seed)}
+    for turn in (0, 1):
+        work = [job(c, rounds[turn]) for c, rounds in left.values() if len(rounds) > turn]
+
+        def report(done, what, by, seconds, log):
+            print(f"{what:8} {seconds:5.1f} s  {done.name[:110]}  {by[:60]}", flush=True)
+            if what == "killed":
+                del left[done.name]
+
+        run_all(work, jobs, report, LIMIT)
+    for change, _ in left.values():
+        print(f"SURVIVED {change.module}:{change.line}: {change.function}: {change.what}")
+    return dict(mutants=n, seed=seed, noticed=n - len(left))
