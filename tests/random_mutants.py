@@ -3,7 +3,7 @@ sign somewhere in the library. `python tests/mutants.py --random 100 --seed 0` r
 
 Each is tried by the test files that name its function, then by those that name anything else of its
 module. Who survives both is printed with its line: it is equivalent, and named as such in
-`mutations/equivalent.yaml`, or a test is missing."""
+`equivalent_mutants.yaml`, or a test is missing."""
 
 import ast
 import random
@@ -16,7 +16,7 @@ from forks import PACKAGE, TESTS, Job, run_all, warm_up
 
 ROOMS = ("data", "model", "rl", "train", "world")
 FILES = ("report/evaluate.py", "base/metrics.py")
-REVIEWED = TESTS / "mutations" / "equivalent.yaml"
+REVIEWED = TESTS / "equivalent_mutants.yaml"
 SWAPS = {
     ast.Add: "-",
     ast.Sub: "+",
@@ -157,9 +157,9 @@ def changes_of(file: Path) -> Iterator[Change]:
 
 def every_change() -> list[Change]:
     "Of all core modules, each of which still compiles."
-    files = [f for room in ROOMS for f in sorted((PACKAGE / room).glob("*.py"))]
+    files = [f for room in ROOMS for f in sorted((PACKAGE / room).glob("[!_]*.py"))]
     files += [PACKAGE / name for name in FILES]
-    found = [change for f in files if f.name != "__init__.py" for change in changes_of(f)]
+    found = [change for file in files for change in changes_of(file)]
     return [change for change in found if compiles(change.text)]
 
 
