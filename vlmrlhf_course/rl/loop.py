@@ -223,7 +223,7 @@ def train(
         figures = iteration(learner, asked, step, seed)
         if done % cfg.eval_every == 0 or done == cfg.iterations:
             figures |= validate(algorithm, scores, validation, second)
-            state.keep_best(figures.get("second_opinion", figures["validation"]))
+            state.keep_best(figures)
         for observe in (log, *observers):
             observe(step, **figures)
         if done % cfg.save_every == 0:

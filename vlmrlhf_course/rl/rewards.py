@@ -55,7 +55,7 @@ FIGURES = frozenset(
     "step phase beta emergency skipped validation reward reward_std reward_min reward_max score "
     "score_std true_score ended kl kl_std kl_max kl_token unique perplexity explained_variance "
     "flat_groups loss grad_norm policy_loss value_loss value entropy clipped anchor second_opinion "
-    "kl_grounded kl_prior kl_grounded_share".split()
+    "second_opinion_error kl_grounded kl_prior kl_grounded_share".split()
 )
 
 RAW = "_raw"  # … and the mean of a reward without the schedule that makes it grow
