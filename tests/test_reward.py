@@ -11,11 +11,11 @@ from small_models import rand, right_mask, seeds
 from torch.testing import assert_close
 
 from vlmrlhf_course.data.prompts import Prompt
-from vlmrlhf_course.train.checks import composite_weights, consistency, crossed_pairs, diagnose
-from vlmrlhf_course.train.checks import gated_score, reliability, segment_scores
+from vlmrlhf_course.train.checks import crossed_pairs, diagnose, reliability, segment_scores
 from vlmrlhf_course.train.dpo import DPOConfig, train_dpo
-from vlmrlhf_course.train.fit import FitConfig, in_epochs
-from vlmrlhf_course.train.reward import RewardConfig, ScoreHead, early_stop, last_real
+from vlmrlhf_course.train.fit import FitConfig, early_stop, in_epochs
+from vlmrlhf_course.train.parts import composite_weights, consistency, gated_score
+from vlmrlhf_course.train.reward import RewardConfig, ScoreHead, last_real
 from vlmrlhf_course.train.reward import swap_pictures, train_reward
 
 
