@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import SCENE
-from small_models import PAID, SMALL_LORA, close, experience, loss_of, push, rand
-from small_models import rescaled, right_mask, scores_of, shake, with_settings
+from small_models import PAID, SMALL_LORA, close, experience, log_ratio, loss_of, push
+from small_models import rand, rescaled, right_mask, scores_of, shake, with_settings
 from torch import nn
 from torch.testing import assert_close
 
@@ -258,20 +258,13 @@ def test_dpo_task_by_hand(vlm, prompts):
     task, asked = DPOTask(vlm, DPOConfig(beta=0.3, lora=SMALL_LORA)), (prompts[0], prompts[3])
     shake(vlm, "dpo")
 
-    @torch.no_grad()
-    def moved(p, text):
-        b = vlm.batch([p], [text])
-        logits = (vlm.rule_out(vlm.answer_logits(b, role)) for role in ("dpo", None))
-        new, old = (token_logprobs(z, b.answers) for z in logits)
-        return float((new - old).sum())
-
     groups, want = [], 0.0
     for p, worse in zip(asked, (["a cat ."], ["a cat .", "nothing .", "a fish and a fish ."])):
         row = dict(image=p.image, prompt=p.text, chosen=p.answer)
         groups.append([row | dict(rejected=text, weight=0.5 + len(text)) for text in worse])
         for text in worse:
-            margin = 0.3 * (moved(p, p.answer) - moved(p, text))
-            want += (0.5 + len(text)) / len(worse) * math.log1p(math.exp(-margin))
+            gap = log_ratio(vlm, "dpo", p, p.answer) - log_ratio(vlm, "dpo", p, text)
+            want += (0.5 + len(text)) / len(worse) * math.log1p(math.exp(-0.3 * gap))
     batch = task.collate(groups)
     assert float(task(batch)[0].detach()) == pytest.approx(want, rel=1e-6)
     assert task.count(batch) == 2

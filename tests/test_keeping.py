@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
-from small_models import SMALL, close, experience_of, rand, scores_of, small_ppo, with_settings
+from small_models import SMALL, close, experience_of, log_ratio, rand, scores_of, small_ppo
+from small_models import with_settings
 
 from vlmrlhf_course.base.records import read_jsonl
 from vlmrlhf_course.data.prompts import Prompt
-from vlmrlhf_course.model.vlm import VLM, token_logprobs
+from vlmrlhf_course.model.vlm import VLM
 from vlmrlhf_course.rl import loop
 from vlmrlhf_course.rl.advantages import ValueHead
 from vlmrlhf_course.rl.loop import train
@@ -22,16 +23,6 @@ from vlmrlhf_course.world.llava import build_model, build_processor
 # --- the best policy --------------------------------------------------------------------------
 
 
-def log_ratio(vlm, image, text, said):
-    "log π(y|x)/π_ref(y|x) of one answer, read alone."
-    b = vlm.batch([Prompt("", text, "", image)], [said])
-    both = []
-    for role in ("actor", None):
-        logits = vlm.rule_out(vlm.answer_logits(b, role))
-        both.append(float(token_logprobs(logits, b.answers).sum()))
-    return both[0] - both[1]
-
-
 @pytest.mark.parametrize("ruled_out", [True, False])
 def test_pair_agreement_by_hand(policy, pairs, monkeypatch, ruled_out):
     """The share of pairs whose chosen answer was raised more than the other, and its likelihood.
@@ -39,10 +30,9 @@ def test_pair_agreement_by_hand(policy, pairs, monkeypatch, ruled_out):
     if not ruled_out:
         monkeypatch.setattr(VLM, "rule_out", lambda self, logits: logits)
     gaps = []
-    with torch.no_grad():
-        for row in pairs:
-            about = policy.vlm, row["image"], row["prompt"]
-            gaps.append(log_ratio(*about, row["chosen"]) - log_ratio(*about, row["rejected"]))
+    for row in pairs:
+        about = policy.vlm, "actor", Prompt("", row["prompt"], "", row["image"])
+        gaps.append(log_ratio(*about, row["chosen"]) - log_ratio(*about, row["rejected"]))
     assert min(gaps) < 0 < max(gaps)
     want = dict(
         pair_agreement=sum(gap > 0 for gap in gaps) / len(gaps),

@@ -87,9 +87,12 @@ def test_what_is_no_number_for_each_answer_is_refused(paid, tmp_path, gives, wor
     assert "\n" not in str(e.value)
 
 
-def test_whole_numbers_are_points(paid):
+@pytest.mark.parametrize("ramp", [0, 4])
+def test_whole_numbers_are_points(paid, ramp):
     paid["odd"] = lambda judges, roll, texts, step: torch.arange(len(texts))
-    policy, scores, pool = small_ppo(VLM(build_model(SMALL), build_processor(SMALL)))
+    policy, scores, pool = small_ppo(
+        VLM(build_model(SMALL), build_processor(SMALL)), penalty=PenaltyConfig(ramp=ramp)
+    )
     roll = sample(policy.vlm, pool[:4], max_new_tokens=4)
     score, figures = Scores(scores.judges, dict(odd=0.5), no_eos=9.0)(roll)
     assert score.tolist() == [0.0, 0.5, 1.0, 1.5] and figures["odd"] == 1.5
