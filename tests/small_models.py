@@ -67,6 +67,15 @@ def logprobs(vlm, batch, role=None):
     return token_logprobs(vlm.answer_logits(batch, role), batch.answers) * batch.answer_mask
 
 
+def log_ratio(vlm, role, prompt, said):
+    "log π(y|x)/π_ref(y|x) of one answer under a role, read alone."
+    b = vlm.batch([prompt], [said])
+    with torch.no_grad():
+        logits = (vlm.rule_out(vlm.answer_logits(b, who)) for who in (role, None))
+        new, ref = (float(token_logprobs(z, b.answers).sum()) for z in logits)
+    return new - ref
+
+
 def pixels(vlm, refs):
     "What the processor makes of pictures, in float64."
     pictures = [open_image(r) for r in refs]

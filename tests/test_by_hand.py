@@ -7,22 +7,25 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import SCENE
-from small_models import PAID, close, experience, loss_of, push, rand, rescaled, right_mask
-from small_models import scores_of, with_settings
+from small_models import PAID, SMALL_LORA, close, experience, log_ratio, loss_of, push
+from small_models import rand, rescaled, right_mask, scores_of, shake, with_settings
 from torch import nn
 from torch.testing import assert_close
 
+from vlmrlhf_course.base.launch import make_accelerator
 from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.data.pairs import group_pairs
 from vlmrlhf_course.data.preferences import ranking_pairs
 from vlmrlhf_course.model.batch import pad_sides
 from vlmrlhf_course.model.vlm import answer, token_logprobs
-from vlmrlhf_course.rl.algorithm import Experience
-from vlmrlhf_course.rl.kl import grounded_mask
-from vlmrlhf_course.rl.loop import RECOVERY, State, check_shares, minibatches, validate
+from vlmrlhf_course.rl.algorithm import Experience, read_answers
+from vlmrlhf_course.rl.kl import full_kl, grounded_mask
+from vlmrlhf_course.rl.loop import check_shares, minibatches
 from vlmrlhf_course.rl.ppo import PPOConfig
 from vlmrlhf_course.rl.rollout import sample
-from vlmrlhf_course.train.fit import FitConfig, fit
+from vlmrlhf_course.rl.state import RECOVERY, State, validate, where_it_moved
+from vlmrlhf_course.train.dpo import DPOConfig, DPOTask
+from vlmrlhf_course.train.fit import FitConfig, backward_through, fit
 from vlmrlhf_course.train.reward import RewardTask, ScoreHead, score_texts
 from vlmrlhf_course.train.sft import SFTTask
 from vlmrlhf_course.world.judge import judge, summarise
@@ -94,6 +97,54 @@ def test_validation_is_the_score_less_the_cost_of_kl(cast):
     log_r = (reference(cast, roll) - roll.logprobs) * roll.batch.answer_mask
     assert free == pytest.approx(float(scores(roll)[0].mean()))
     assert free - dear == pytest.approx(2 * k1(log_r))
+
+
+@pytest.fixture
+def looking(policy, token_rm, vlm, prompts):
+    "A policy whose pictures matter, its reward model, and answers of different lengths."
+    with torch.no_grad():
+        vlm.model.lm_head.weight.mul_(3.0)
+    push(vlm, [vlm.eos_id], 2.0)
+    return policy, token_rm, sample(vlm, prompts, "actor", max_new_tokens=9, seed=2)
+
+
+def moved_alone(vlm, prompt, tokens):
+    "KL of each token of one answer, and whether the picture decides it: read alone."
+    shown = vlm.batch([prompt], [tokens])
+    logits = (vlm.rule_out(vlm.answer_logits(shown, who)) for who in ("actor", None))
+    nothing = vlm.batch([prompt], [tokens], images=["blank"])
+    return full_kl(*logits)[0], grounded_mask(vlm, shown, nothing)[0]
+
+
+@torch.no_grad()
+def test_where_it_moved_by_hand(looking):
+    """Token by token; one of the prompts has no picture, so none of its tokens is grounded. It does
+    not matter how many answers are read at once."""
+    policy, rm, roll = looking
+    said = [row[:n].tolist() for row, n in zip(roll.batch.answers, roll.batch.lengths)]
+    alone = [moved_alone(rm.vlm, p, tokens) for p, tokens in zip(roll.prompts, said)]
+    assert [p.image for p in roll.prompts].index(None) == 2 and not alone[2][1].any()
+    kl, grounded = (torch.cat(columns) for columns in zip(*alone))
+    assert 3 < grounded.sum() < len(grounded) - len(said[2])
+    want = dict(
+        kl_grounded=float(kl[grounded].mean()),
+        kl_prior=float(kl[~grounded].mean()),
+        kl_grounded_share=float(kl[grounded].sum() / kl.sum()),
+    )
+    for at_once in (6, 2):
+        reading = read_answers(rm, roll, at_once)
+        assert where_it_moved(policy, roll, reading) == pytest.approx(want, rel=1e-6)
+
+
+def test_a_validation_says_where_it_moved(looking):
+    "Of the answers that it has sampled itself."
+    policy, rm, _ = looking
+    ppo = with_settings(policy, max_new_tokens=6)
+    roll = sample(rm.vlm, looking[2].prompts, "actor", max_new_tokens=6, seed=1)
+    with torch.no_grad():
+        want = where_it_moved(ppo, roll, read_answers(rm, roll, 6))
+    assert want["kl_grounded"] > 0
+    assert validate(ppo, scores_of(rm, ppo.cfg), roll.prompts).items() >= want.items()
 
 
 def answers_of(lengths):
@@ -199,6 +250,27 @@ def test_reward_task_by_hand(cast):
     batch = task.collate(groups)
     loss, metrics = task(batch)
     assert float(loss) == pytest.approx(want, rel=1e-6) and task.count(batch) == 3
+
+
+def test_dpo_task_by_hand(vlm, prompts):
+    """One pair about a picture, and three about another: each prompt has the weight 1, which its
+    pairs share, and the mean is one over prompts."""
+    task, asked = DPOTask(vlm, DPOConfig(beta=0.3, lora=SMALL_LORA)), (prompts[0], prompts[3])
+    shake(vlm, "dpo")
+
+    groups, want = [], 0.0
+    for p, worse in zip(asked, (["a cat ."], ["a cat .", "nothing .", "a fish and a fish ."])):
+        row = dict(image=p.image, prompt=p.text, chosen=p.answer)
+        groups.append([row | dict(rejected=text, weight=0.5 + len(text)) for text in worse])
+        for text in worse:
+            gap = log_ratio(vlm, "dpo", p, p.answer) - log_ratio(vlm, "dpo", p, text)
+            want += (0.5 + len(text)) / len(worse) * math.log1p(math.exp(-0.3 * gap))
+    batch = task.collate(groups)
+    assert float(task(batch)[0].detach()) == pytest.approx(want, rel=1e-6)
+    assert task.count(batch) == 2
+    whole, _ = backward_through(task, groups, 2, make_accelerator())
+    apart, _ = backward_through(task, groups, 1, make_accelerator())
+    assert whole == pytest.approx(want / 2, rel=1e-6) and apart == pytest.approx(whole, rel=1e-6)
 
 
 def test_grounded_tokens_are_answer_tokens(cast):

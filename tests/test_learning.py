@@ -13,9 +13,10 @@ from vlmrlhf_course.base.records import read_jsonl
 from vlmrlhf_course.data.pairs import group_pairs
 from vlmrlhf_course.model.vlm import VLM, token_logprobs
 from vlmrlhf_course.rl.kl import full_kl
-from vlmrlhf_course.rl.loop import Learner, State, train
+from vlmrlhf_course.rl.loop import Learner, train
 from vlmrlhf_course.rl.ppo import PPO, PPOConfig
 from vlmrlhf_course.rl.rollout import sample
+from vlmrlhf_course.rl.state import State
 from vlmrlhf_course.train.fit import backward_through, grad_norms
 from vlmrlhf_course.train.reward import RewardConfig, RewardModel, RewardTask
 from vlmrlhf_course.train.sft import SFTTask, unfreeze_tower
@@ -147,6 +148,8 @@ def test_experience(experience, token_rm, vlm):
             running = reward + after - v[i, t] + 0.95 * running
             want = running + v[i, t]
             assert_close(exp.tokens["returns"][i, t], want, atol=1e-6, rtol=1e-6)
+    mean = sum(float(v[i, :n].sum()) for i, n in enumerate(b.lengths.tolist()))
+    assert info["value"] == pytest.approx(mean / int(b.answer_mask.sum()), rel=1e-6)
     assert info["kl"] > 0
     assert info["ended"] == pytest.approx(float(roll.ended.float().mean()))
     assert info["length"] == pytest.approx(float(b.lengths.float().mean()))

@@ -16,7 +16,7 @@ from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.cli import main
 from vlmrlhf_course.model.roles import LoRAConfig
 from vlmrlhf_course.model.vlm import VLM
-from vlmrlhf_course.rl import loop, ppo
+from vlmrlhf_course.rl import loop, ppo, state as state_of_a_run
 from vlmrlhf_course.rl.algorithm import phase
 from vlmrlhf_course.rl.ppo import PPO, PPOConfig
 from vlmrlhf_course.rl.rollout import answer_figures, sample
@@ -167,10 +167,10 @@ def test_guard_remembers_over_a_resumption():
 
 
 def test_emergencies_have_a_limit(monkeypatch):
-    monkeypatch.setattr(loop, "MAX_EMERGENCIES", 2)
+    monkeypatch.setattr(state_of_a_run, "MAX_EMERGENCIES", 2)
     cfg = config(kl_emergency=10.0)
     policy, *_ = start(cfg)
-    state = loop.State(policy, cfg)
+    state = state_of_a_run.State(policy, cfg)
     assert state.after(11.0, cfg)
     assert state.after(float("nan"), cfg)  # a KL that is no number is an emergency, too
     with pytest.raises(UserError, match="kl_emergency=10.*3 times.*actor_lr"):
@@ -253,7 +253,7 @@ def test_every_metric_is_logged(tmp_path):
     _, rows = train(tmp_path, config())
     keys = (
         "reward reward_std reward_max reward_min kl kl_max kl_token length unique perplexity "
-        "grad_norm value_loss policy_loss entropy clipped skipped"
+        "grad_norm value_loss value policy_loss entropy clipped skipped"
     )
     for key in keys.split():
         assert all(isinstance(r[key], (int, float)) for r in rows), key

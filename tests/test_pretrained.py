@@ -95,6 +95,21 @@ def test_first_steps_of_both_fits_repeat(tmp_path):
     assert language == pytest.approx(RECORD["language"]["losses"], rel=1e-4)
 
 
+def test_the_projector_is_not_the_one_that_pretraining_began_with():
+    "It was thrown away with what it had learned; a run that drew it again would not start anew."
+    torch.manual_seed(0)
+    began, vlm = VLM(build_model(VLMConfig()), build_processor()), pretrained_vlm(0)
+    drawn = {name: w for name, w in began.projector.named_parameters() if w.dim() > 1}
+    assert drawn
+    for other in (began, pretrained_vlm(1)):
+        weights = dict(other.projector.named_parameters())
+        for name, w in vlm.projector.named_parameters():
+            assert w.dim() == 1 or not torch.allclose(w, weights[name])
+    again = pretrained_vlm(0).projector.state_dict()
+    for name, w in vlm.projector.state_dict().items():
+        assert torch.equal(w, again[name])
+
+
 def results_of(folder):
     "Every file of weights or metrics under `folder`: its name and its bytes."
     found = [*folder.rglob("*.safetensors"), *folder.rglob("*.jsonl")]

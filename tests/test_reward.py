@@ -8,14 +8,15 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from small_models import rand, right_mask, seeds
+from torch import nn
 from torch.testing import assert_close
 
 from vlmrlhf_course.data.prompts import Prompt
-from vlmrlhf_course.train.checks import composite_weights, consistency, crossed_pairs, diagnose
-from vlmrlhf_course.train.checks import gated_score, reliability, segment_scores
+from vlmrlhf_course.train.checks import crossed_pairs, diagnose, reliability, segment_scores
 from vlmrlhf_course.train.dpo import DPOConfig, train_dpo
-from vlmrlhf_course.train.fit import FitConfig, in_epochs
-from vlmrlhf_course.train.reward import RewardConfig, ScoreHead, early_stop, last_real
+from vlmrlhf_course.train.fit import EarlyStopping, FitConfig, early_stop, in_epochs
+from vlmrlhf_course.train.parts import composite_weights, consistency, gated_score
+from vlmrlhf_course.train.reward import RewardConfig, ScoreHead, last_real
 from vlmrlhf_course.train.reward import swap_pictures, train_reward
 
 
@@ -83,6 +84,26 @@ def test_early_stop(history, patience):
     for x in history:
         best, waited = (x, 0) if x > best else (best, waited + 1)
     assert early_stop(history, patience) == (waited >= patience)
+
+
+def test_early_stopping_keeps_the_weights_of_the_best_look():
+    "For any model and figure: it looks without dropout, trains on with it, and keeps the first best."
+    model, found, modes = nn.Linear(1, 1), iter([0.5, 0.9, 0.6, 0.9, 0.8]), []
+
+    def look():
+        modes.append(model.training)
+        return next(found)
+
+    watch = EarlyStopping(model, model.state_dict, look, every=2, patience=3)
+    stopped = []
+    for step in range(1, 11):
+        with torch.no_grad():
+            model.weight.fill_(step)
+        stopped.append(watch(step))
+        assert model.training
+    assert stopped == [False] * 9 + [True]
+    assert watch.history == [0.5, 0.9, 0.6, 0.9, 0.8] and not any(modes)
+    assert float(watch.best["weight"]) == 4.0, "the weights of the second look"
 
 
 @given(seeds, st.integers(1, 40), st.sampled_from([2, 5, 10]))

@@ -1,6 +1,7 @@
 "The reward model: its definition, its training and its files."
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from vlmrlhf_course.data.pairs import group_pairs
 from vlmrlhf_course.data.prompts import Prompt
 from vlmrlhf_course.model.roles import LoRAConfig
 from vlmrlhf_course.train import reward
-from vlmrlhf_course.train.fit import FitConfig
-from vlmrlhf_course.train.reward import EarlyStopping, RewardConfig, RewardModel, early_stop
-from vlmrlhf_course.train.reward import pair_accuracy, score_texts, train_reward
+from vlmrlhf_course.train.fit import EarlyStopping, FitConfig, early_stop
+from vlmrlhf_course.train.reward import RewardConfig, RewardModel, agreement, pair_accuracy
+from vlmrlhf_course.train.reward import score_texts, train_reward
 
 
 def test_reward_by_definition(rm, vlm, full):
@@ -62,13 +63,18 @@ def test_a_reward_model_is_in_eval_mode(vlm, prompts):
     assert not torch.equal(score_texts(rm, prompts, said), score_texts(rm, prompts, said))
 
 
+def watching(rm, rows, patience):
+    "Looks at these pairs after every second step."
+    return EarlyStopping(rm, rm.state, partial(agreement, rm, rows), every=2, patience=patience)
+
+
 def test_early_stopping_brings_back_the_best(vlm, pairs, tmp_path):
     """It stops by its verdict; the weights that count are
     those of its best look; the scale belongs to them."""
     fit = FitConfig(lr=0.1, batch=1, micro_batch=8)
     cfg = RewardConfig(lora=SMALL_LORA, epochs=40, fit=fit)
-    rm = RewardModel(vlm, cfg)
-    watch = EarlyStopping(rm.double(), pairs, every=2, patience=2)
+    rm = RewardModel(vlm, cfg).double()
+    watch = watching(rm, pairs, patience=2)
     train_reward(rm, pairs, cfg, tmp_path, watch=watch)
     steps = len(read_jsonl(tmp_path / "metrics.jsonl"))
     assert steps == 2 * len(watch.history) < 40 * len(group_pairs(pairs))
@@ -89,7 +95,7 @@ def test_early_stopping_survives_a_resume(vlm, pairs, tmp_path, monkeypatch):
     def train(folder, break_at=None):
         torch.manual_seed(3)
         rm = RewardModel(copy.deepcopy(vlm), cfg).double()
-        watch = EarlyStopping(rm, pairs, every=2, patience=3)
+        watch = watching(rm, pairs, patience=3)
 
         def accuracy(*args):
             if len(watch.history) == break_at:

@@ -218,6 +218,19 @@ class TestTable:
         assert "kind" not in uses_of(run, "ppo")["ppo"]
         assert uses_of(small, "ppo")["reward_small"]["kind"] == "reward"
 
+    LEASH = ("beta", "kl_emergency", "keep")
+
+    @pytest.mark.parametrize("scale", ["lesson", "smoke", "tiny"])
+    def test_the_hacked_arm_has_no_leash_and_is_else_as_another(self, tmp_path, scale):
+        "Both learn from the small reward model; what differs in the end, the leash has done."
+        run = Run(tmp_path, scale)
+        held, free = (asdict(config_of(run, arm)) for arm in ("ppo_small", "hacked"))
+        assert {key for key in held if held[key] != free[key]} == {*self.LEASH}
+        assert free["beta"] == 0 < held["beta"] and free["kl_emergency"] > 1e6
+        assert (free["keep"], held["keep"]) == ("last", "best")
+        assert held["reward_model"] == "reward_small"
+        assert label_of(run, "ppo_small") != label_of(run, "hacked")
+
     def test_another_kind_is_not_continued(self, tmp_path, monkeypatch):
         monkeypatch.setitem(STAGES, "twin", STAGES["rloo"])
         folder = tmp_path / "same"
