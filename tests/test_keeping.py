@@ -1,4 +1,4 @@
-"""What a run keeps: the policy that agrees best with people's pairs, and the units of its first
+"""What a run keeps: the policy that a second reward model likes, and the units of its first
 scores."""
 
 import json
@@ -6,99 +6,135 @@ import math
 
 import pytest
 import torch
-from small_models import SMALL, close, experience_of, log_ratio, rand, scores_of, small_ppo
-from small_models import with_settings
+from small_models import SMALL, close, experience_of, rand, scores_of, small_ppo, with_settings
 
 from vlmrlhf_course.base.records import read_jsonl
-from vlmrlhf_course.data.prompts import Prompt
+from vlmrlhf_course.base.runs import Run
+from vlmrlhf_course.base.settings import UserError
+from vlmrlhf_course.base.stages import before, config_of
+from vlmrlhf_course.data.pairs import group_pairs
 from vlmrlhf_course.model.vlm import VLM
 from vlmrlhf_course.rl import loop
 from vlmrlhf_course.rl.advantages import ValueHead
 from vlmrlhf_course.rl.loop import train
-from vlmrlhf_course.rl.ppo import mean_and_deviation
+from vlmrlhf_course.rl.ppo import PPOConfig, mean_and_deviation
 from vlmrlhf_course.rl.rollout import sample
-from vlmrlhf_course.rl.state import pair_agreement, validate
+from vlmrlhf_course.rl.state import PRICE, State, validate
+from vlmrlhf_course.train.reward import RewardConfig, learned_from
 from vlmrlhf_course.world.llava import build_model, build_processor
 
 # --- the best policy --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ruled_out", [True, False])
-def test_pair_agreement_by_hand(policy, pairs, monkeypatch, ruled_out):
-    """The share of pairs whose chosen answer was raised more than the other, and its likelihood.
-    Also for a family in which padding is a token that can be said."""
-    if not ruled_out:
-        monkeypatch.setattr(VLM, "rule_out", lambda self, logits: logits)
-    gaps = []
-    for row in pairs:
-        about = policy.vlm, "actor", Prompt("", row["prompt"], "", row["image"])
-        gaps.append(log_ratio(*about, row["chosen"]) - log_ratio(*about, row["rejected"]))
-    assert min(gaps) < 0 < max(gaps)
-    want = dict(
-        pair_agreement=sum(gap > 0 for gap in gaps) / len(gaps),
-        pair_loglik=sum(-math.log1p(math.exp(-gap)) for gap in gaps) / len(gaps),
-    )
-    for chunk in (64, 3):
-        assert pair_agreement(policy, pairs, chunk) == pytest.approx(want, rel=1e-6)
-    turned = [row | dict(chosen=row["rejected"], rejected=row["chosen"]) for row in pairs]
-    other = pair_agreement(policy, turned)["pair_agreement"]
-    assert other == pytest.approx(1 - want["pair_agreement"])
-
-
-def test_the_reference_agrees_with_nobody_and_contradicts_nobody(token_rm, vlm, pairs):
-    "Nothing has moved: half of the pairs, whoever is right."
-    ppo = small_ppo(vlm)[0]
-    assert pair_agreement(ppo, pairs) == dict(
-        pair_agreement=0.5, pair_loglik=pytest.approx(-math.log(2))
-    )
-
-
 MOVED = ("kl_grounded", "kl_prior", "kl_grounded_share")
 
 
-def test_validation_asks_the_pairs_that_it_is_given(policy, token_rm, prompts, pairs):
-    short = with_settings(policy, max_new_tokens=4)
+def test_a_second_reward_model_gives_its_opinion(policy, token_rm, prompts):
+    "Of the very answers that are validated, with the error of its mean; without one there is none."
+    short = with_settings(policy, max_new_tokens=4, micro_batch=4)
     scores = scores_of(token_rm, short.cfg)
     assert set(validate(short, scores, prompts)) == {"validation", *MOVED}
-    figures = validate(short, scores, prompts, pairs)
-    assert figures.items() >= pair_agreement(policy, pairs).items()
+    figures = validate(short, scores, prompts, token_rm)
+    said = sample(short.vlm, prompts, "actor", max_new_tokens=4, seed=1)
+    paid = scores_of(token_rm, short.cfg)(said)[1]
+    n = len(prompts)
+    assert figures["second_opinion"] == pytest.approx(paid["reward"], rel=1e-5)
+    assert figures["second_opinion_error"] == pytest.approx(paid["reward_std"] / n**0.5, rel=1e-5)
 
 
 def small(**changes):
     return small_ppo(VLM(build_model(SMALL), build_processor(SMALL)), **changes)
 
 
-VALIDATED = (dict(validation=9.0, pair_agreement=0.6), dict(validation=3.0, pair_agreement=0.8))
-VALIDATED += (dict(validation=99.0, pair_agreement=0.7),)
+def opinion(value, kl=0.0, error=0.0, validation=0.0):
+    figures = dict(second_opinion=value, second_opinion_error=error)
+    return figures | dict(validation=validation, kl=kl)
 
 
-@pytest.mark.parametrize(
-    "judged, best", [(("validation", "pair_agreement"), 1), (["validation"], 2)]
-)
-def test_the_policy_that_agrees_most_is_kept(tmp_path, monkeypatch, judged, best):
-    """However high a later one scores: the score is what it was trained on. Without pairs there is
-    nothing but the score."""
+def alone(value):
+    "A validation without a second opinion."
+    return dict(validation=value, kl=99.0)
+
+
+KEPT = {
+    "the second decides, not who pays": ([opinion(0.6), opinion(0.8), opinion(0.7, 0, 0, 99)], 1),
+    "what went far costs": ([opinion(0.6, 1.0), opinion(1.5, 30.0), opinion(0.59, 1.0)], 0),
+    "a nat costs 0.05": ([opinion(0.6), opinion(0.64, 1.0), opinion(0.66, 1.0)], 2),
+    "as good as the best, and later": ([opinion(0.8), opinion(0.72, 0, 0.1)], 1),
+    "worse by more than the error": ([opinion(0.8), opinion(0.72, 0, 0.07)], 0),
+    "the best stays the measure": ([opinion(v, 0, 0.1) for v in (0.8, 0.72, 0.64)], 1),
+    "nobody else is there": ([alone(9.0), alone(3.0), alone(99.0), alone(98.0)], 2),
+    "not a number": ([opinion(0.6), opinion(float("nan")), alone(float("nan"))], 0),
+}
+
+
+@pytest.mark.parametrize("found, kept", KEPT.values(), ids=KEPT)
+def test_which_policy_is_kept(found, kept):
+    ppo, _, _ = small()
+    ppo.learn()
+    state, seen = State(ppo, ppo.cfg), []
+    for figures in found:
+        with torch.no_grad():
+            state.params[0].add_(1.0)
+        seen.append(state.snapshot())
+        state.keep_best(figures)
+    for weights, best in zip(seen[kept], state.best_weights):
+        assert torch.equal(weights, best)
+
+
+def test_a_run_ends_with_the_policy_that_is_kept(tmp_path, monkeypatch):
     ppo, scores, pool = small(iterations=3, eval_every=1, keep="best")
-    found, seen = list(VALIDATED), []
+    found, seen = [opinion(0.6), opinion(0.8), opinion(0.7)], []
 
     def validated(algorithm, *args):
         seen.append([p.detach().clone() for p in algorithm.actor.trained()])
-        return {key: found[len(seen) - 1][key] for key in judged}
+        return found[len(seen) - 1] | dict(kl=0.0)
 
     monkeypatch.setattr(loop, "validate", validated)
-    state = train(ppo, scores, pool, pool[:2], tmp_path / "ppo")
-    assert state.best == found[best][judged[-1]]
-    for weights, kept in zip(seen[best], ppo.actor.trained()):
+    train(ppo, scores, pool, pool[:2], tmp_path / "ppo")
+    for weights, kept in zip(seen[1], ppo.actor.trained()):
         assert torch.equal(weights, kept)
-    assert any(not torch.equal(a, b) for a, b in zip(seen[best], seen[best - 1]))
+    assert any(not torch.equal(a, b) for a, b in zip(seen[1], seen[0]))
 
 
-def test_a_run_keeps_the_policy_that_agrees_most(smoke_run):
+def test_an_arm_asks_its_second_reward_model(smoke_run):
+    "`chosen_by` of the configuration; what it thinks is in the log, and decides."
     for arm in ("ppo_rm", "ppo_detector", "oracle", "grpo"):
         rows = read_jsonl(smoke_run / arm / "metrics.jsonl")
-        agreed = [row["pair_agreement"] for row in rows if "pair_agreement" in row]
-        assert len(agreed) == 2 and all(0 <= share <= 1 for share in agreed)  # after steps 2 and 3
-        assert json.loads((smoke_run / arm / "done.json").read_text())["best"] == max(agreed)
+        asked = [row for row in rows if "second_opinion" in row]
+        values = [row["second_opinion"] - PRICE * row["kl"] for row in asked]
+        assert len(values) == 2  # after steps 2 and 3
+        best = json.loads((smoke_run / arm / "done.json").read_text())["best"]
+        assert best == pytest.approx(max(values))
+
+
+def test_the_one_that_pays_may_not_choose(tmp_path):
+    with pytest.raises(ValueError, match="chosen_by=reward: that is the model that pays"):
+        PPOConfig(chosen_by="reward")
+    run = Run(tmp_path, "smoke", ["ppo_rm.chosen_by="])
+    assert "reward_second" in before(Run(tmp_path, "smoke"), "ppo_rm")
+    assert "reward_second" not in before(run, "ppo_rm")
+
+
+# --- what a reward model learns from ----------------------------------------------------------
+
+
+def test_two_reward_models_learn_from_different_prompts(pairs):
+    every = group_pairs(pairs)
+    first = learned_from(pairs, RewardConfig(prompts=2))
+    second = learned_from(pairs, RewardConfig(skip=2))
+    assert first == every[:2] and second == every[2:] and second
+    assert learned_from(pairs, RewardConfig(skip=1, prompts=1)) == every[1:2]
+    with pytest.raises(UserError, match=f"skip=99: there are {len(every)} prompts; leave out"):
+        learned_from(pairs, RewardConfig(skip=99))
+
+
+@pytest.mark.parametrize("scale", ["smoke", "lesson", "tiny"])
+def test_the_second_reward_model_sees_nothing_of_the_first(tmp_path, scale):
+    run = Run(tmp_path, scale)
+    first, second = config_of(run, "reward"), config_of(run, "reward_second")
+    assert 0 < first.prompts <= second.skip < config_of(run, "preferences").prompts
+    assert second.prompts == 0 and first.skip == 0
 
 
 # --- the critic's units -----------------------------------------------------------------------

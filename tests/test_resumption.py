@@ -242,9 +242,11 @@ def test_arms_are_started_so(tmp_path, monkeypatch):
     args = build_parser().parse_args(words.split())
     no_stage(monkeypatch)
     asked = []
-    monkeypatch.setattr(cli, "train_arms", lambda *given: asked.append(given))
+    monkeypatch.setattr(cli.Arms, "finish", lambda arms, jobs: asked.append((arms, jobs)))
+    monkeypatch.setattr(cli.Arms, "start", lambda arms, jobs, missing: None)
     cli.make_arms(Run(tmp_path, "smoke", args.set, seed=4), args, 2)
-    ((run, verbs, options, jobs),) = asked
+    ((arms, jobs),) = asked
+    run, verbs, options = arms.run, arms.verbs, arms.options
     ppos = dict.fromkeys(("ppo_rm", "ppo_detector", "oracle", "hacked"), "ppo")
     assert verbs == dict(dpo="dpo", grpo="grpo") | ppos and jobs == 2
     _start_arm(run, verbs["oracle"], "oracle", options)

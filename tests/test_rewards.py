@@ -42,7 +42,7 @@ def test_a_reward_is_not_replaced_in_silence(paid, name):
 
 @pytest.mark.parametrize(
     "name",
-    "reward true_score score step kl loss pair_agreement anchor value kl_grounded kl_prior "
+    "reward true_score score step kl loss second_opinion anchor value kl_grounded kl_prior "
     "kl_grounded_share penalty_raw mine_raw _raw".split(),
 )
 def test_a_reward_does_not_write_over_a_figure(paid, name):
@@ -62,7 +62,7 @@ def test_every_metric_is_kept_from_rewards(smoke_run):
         file = smoke_run / arm / "metrics.jsonl"
         logged = set().union(*read_jsonl(file))
         assert logged <= FIGURES | set(REWARDS), file
-        assert "pair_agreement" in logged and "kl_std" in logged, file
+        assert "second_opinion" in logged and "kl_std" in logged, file
 
 
 @pytest.mark.parametrize(
