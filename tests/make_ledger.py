@@ -86,7 +86,7 @@ def over_seeds(reports: list[dict]) -> dict[str, str]:
             values = [report[row][col] for report in reports]
             mean, std = statistics.fmean(values), statistics.stdev(values)
             found[f"seeds.{row}.{col}"] = f"{mean:.3f} ± {std:.3f}"
-    for row in [row for row in SHOWN if row not in ("sft", "sft_greedy")]:
+    for row in [row for row in SHOWN if not row.startswith("sft")]:
         base = "sft_greedy" if row.endswith("_greedy") else "sft"
         falls = [1 - report[row]["chair_i"] / report[base]["chair_i"] for report in reports]
         found[f"seeds.{row}.fall"] = ", ".join(f"{fall:.0%}" for fall in falls)
