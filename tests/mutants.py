@@ -51,9 +51,14 @@ def table() -> list[Mutant]:
 MUTANTS = table()
 
 
+@functools.cache
+def parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
 def segment(text: str, where: str) -> tuple[int, int]:
     "First and last line (from 0, exclusive) of `name` or `class.name` in a module's text."
-    node = ast.parse(text)
+    node = parsed(text)
     for name in where.split("."):
         node = next(n for n in node.body if getattr(n, "name", None) == name)
     return node.lineno - 1, node.end_lineno

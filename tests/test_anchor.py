@@ -1,5 +1,5 @@
-"""The anchor: what a policy shall keep saying as it did, at a price for each nat of a demonstration,
-whatever the loss is a mean over."""
+"""The anchor: what a policy shall keep saying as it did, at a price for each nat of a
+demonstration, whatever the loss is a mean over."""
 
 from types import SimpleNamespace
 

@@ -87,7 +87,7 @@ def test_early_stop(history, patience):
 
 
 def test_early_stopping_keeps_the_weights_of_the_best_look():
-    "For any model and figure: it looks without dropout, trains on with it, and keeps the first best."
+    "It looks without dropout, trains on with it, and keeps the first best: for any model."
     model, found, modes = nn.Linear(1, 1), iter([0.5, 0.9, 0.6, 0.9, 0.8]), []
 
     def look():

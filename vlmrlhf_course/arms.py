@@ -57,7 +57,7 @@ class Arms:
             time.sleep(0.5)
         bar.close()
 
-
+# %% ../nbs/91b_arms.ipynb #arms-parts
 def _rows(file: Path) -> int:
     return file.read_bytes().count(b"\n") if file.is_file() else 0
 

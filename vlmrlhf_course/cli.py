@@ -172,7 +172,7 @@ def run_all(run, args) -> dict:
     print(f"\nreport: {report}   figures: {figures}   {_cost(result)}")
     return result
 
-
+# %% ../nbs/91_cli.ipynb #make-arms
 def make_arms(run, args, jobs: int):
     """All stages before the evaluation: what arms have in common here, each arm in a process.
 
