@@ -50,7 +50,7 @@ def rows(result: dict) -> str:
     lines = []
     for name, row in result["qualities"].items():
         shown = [f"{row[key]:.3f}" if key in row else "" for key in COLUMNS]
-        lines.append([f"{name} pictures" if int(name) else "no detector", *shown])
+        lines.append([f"{name} pictures" if name != "0" else "no detector", *shown])
     return table(["detector learned from", *COLUMNS.values()], lines)
 
 

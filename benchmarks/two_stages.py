@@ -60,7 +60,6 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=100, help="of each half")
     parser.add_argument("--pictures", type=int, default=150)
-    # not 0: pretraining began with the projector of seed 0
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     args = parser.parse_args(argv)
     found = {}
