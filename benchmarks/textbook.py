@@ -18,7 +18,7 @@ from vlmrlhf_course.model.vlm import VLM, token_logprobs
 from vlmrlhf_course.rl.penalty import penalty
 from vlmrlhf_course.rl.ppo import PPOConfig
 from vlmrlhf_course.train.fit import backward_through
-from vlmrlhf_course.world.judge import judge
+from vlmrlhf_course.world.judge import judge_reply
 from vlmrlhf_course.world.scenes import scene_of
 
 
@@ -137,7 +137,7 @@ class Naive:
         score = cfg.reward["rm"] * (token_scores.sum() - rm.shift) / rm.scale
         if cfg.reward.get("penalty") and scene_of(prompt):
             text = self.vlm.tokenizer.decode(answer[0], skip_special_tokens=True)
-            found = penalty(judge(text, scene_of(prompt)), cfg.penalty)
+            found = penalty(judge_reply(prompt, text, scene_of(prompt)), cfg.penalty)
             score = score + cfg.reward["penalty"] * found
         if answer[0, -1] != self.vlm.eos_id:
             score = score.clamp(max=cfg.no_eos)

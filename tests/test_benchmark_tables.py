@@ -35,7 +35,9 @@ def test_every_result_has_its_place():
     assert names >= {"naive", "breakdown", "scaling", "trl_peer", "two_stages", "detector"}
 
 
-@pytest.mark.parametrize("name", ["naive", "trl_peer", "breakdown", "scaling", "two_stages", "detector"])
+@pytest.mark.parametrize(
+    "name", ["naive", "trl_peer", "breakdown", "scaling", "two_stages", "detector"]
+)
 def test_another_result_gives_another_readme(name):
     "Scale every figure of a result: its table must change."
     found, text = report.results(), report.README.read_text("utf-8")

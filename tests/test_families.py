@@ -289,7 +289,7 @@ def experience(request, vlm, prompts):
     policy.learn()
     roll = sample(vlm, prompts * 2, "actor", max_new_tokens=5, seed=3)
     exp, info = experience_of(policy, rm, roll)
-    assert info["kl"] > 0 and exp.tokens["advantages"][roll.batch.answer_mask].isfinite().all()
+    assert info["kl"] != 0 and exp.tokens["advantages"][roll.batch.answer_mask].isfinite().all()
     return policy, roll, exp
 
 

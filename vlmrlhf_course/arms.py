@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from fastcore.basics import patch
 from .base.settings import UserError
 
 # %% ../nbs/91b_arms.ipynb #arms
@@ -43,19 +44,21 @@ class Arms:
             self.waiting.remove(arm)
             self.running[arm] = _start_arm(self.run, self.verbs[arm], arm, self.options)
 
-    def finish(self, at_once: int):
-        "Train all that are left. Raises UserError with what one has said that stopped."
-        from vlmrlhf_course.base.metrics import progress
+# %% ../nbs/91b_arms.ipynb #arms-finish
+@patch
+def finish(self: Arms, at_once: int):
+    "Train all that are left. Raises UserError with what one has said that stopped."
+    from vlmrlhf_course.base.metrics import progress
 
-        left = [*self.waiting, *self.running]
-        total = sum(self.run.used[arm].get("iterations", 0) for arm in left)
-        bar = progress(range(total), "arms")
-        while self.waiting or self.running:
-            self.start(at_once)
-            bar.n = sum(map(_rows, self.logs))
-            bar.refresh()
-            time.sleep(0.5)
-        bar.close()
+    left = [*self.waiting, *self.running]
+    total = sum(self.run.used[arm].get("iterations", 0) for arm in left)
+    bar = progress(range(total), "arms")
+    while self.waiting or self.running:
+        self.start(at_once)
+        bar.n = sum(map(_rows, self.logs))
+        bar.refresh()
+        time.sleep(0.5)
+    bar.close()
 
 # %% ../nbs/91b_arms.ipynb #arms-parts
 def _rows(file: Path) -> int:

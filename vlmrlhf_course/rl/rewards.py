@@ -142,9 +142,9 @@ def check_paid(paid, name: str, roll: Rollout, texts: list[str]) -> torch.Tensor
 def paid_by(name: str, judges: Judges, roll: Rollout, said: list[str], step: int):
     "(B,) What a reward pays, and its mean; also that of step 0, where a schedule makes it grow."
     paid = check_paid(REWARDS[name](judges, roll, said, step), name, roll, said)
-    means = {name: float(paid.mean())}
+    means = {name: float(paid.float().mean())}
     if judges.penalty.ramp:
-        means[name + RAW] = float(REWARDS[name](judges, roll, said, 0).mean())
+        means[name + RAW] = float(REWARDS[name](judges, roll, said, 0).float().mean())
     return paid, means
 
 # %% ../../nbs/09b_rewards.ipynb #scores
