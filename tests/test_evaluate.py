@@ -23,7 +23,7 @@ from vlmrlhf_course.report.evaluate import compare, figures, quiz, quizzed, spea
 from vlmrlhf_course.report.evaluate import voices
 from vlmrlhf_course.report.page import COLUMNS, Findings, over_optimisation_figure, report_html
 from vlmrlhf_course.report.page import row_names, text_table
-from vlmrlhf_course.report.record import curve, training_curves
+from vlmrlhf_course.report.record import budget, curve, training_curves
 from vlmrlhf_course.train.reward import RewardConfig, RewardModel
 from vlmrlhf_course.world.judge import judge
 from vlmrlhf_course.world.llava import build_model, build_processor
@@ -221,6 +221,14 @@ def test_report_of_a_run(smoke_run):
     assert min(greedy) > 0, "one answer is never as wide as the reference"
     assert "±" in page and "POPE" in page
     assert {"kl", "reward", "true_score"} == report["over_optimisation"].keys()
+
+
+def test_the_budget_of_an_arm_is_what_it_logged(tmp_path):
+    run = Run(tmp_path / "run", "smoke")
+    (run.path("ppo_rm")).mkdir(parents=True)
+    log = run.path("ppo_rm") / "metrics.jsonl"
+    log.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n')
+    assert budget(run, "ppo_rm") == 3
 
 
 def test_what_an_arm_cost_and_what_it_is_asked_do_not_depend_on_the_temperature(smoke_run):

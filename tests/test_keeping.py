@@ -112,7 +112,7 @@ def test_an_arm_asks_its_second_reward_model(smoke_run):
 def test_the_one_that_pays_may_not_choose(tmp_path):
     with pytest.raises(ValueError, match="chosen_by=reward: that is the model that pays"):
         PPOConfig(chosen_by="reward")
-    run = with_source(Run(tmp_path, "smoke", ["ppo_rm.chosen_by="]))
+    run = with_source(Run(tmp_path, "smoke", ["ppo_rm.chosen_by=''"]))
     assert "reward_second" in before(Run(tmp_path, "smoke"), "ppo_rm")
     assert "reward_second" not in before(run, "ppo_rm")
 

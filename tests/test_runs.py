@@ -144,7 +144,8 @@ class TestTable:
         assert run.used["mine"] == asdict(cfg) | dict(kind="ppo")
         assert label_of(run, "mine") == "mine" and label_of(run, "dpo") == "DPO"
         run.layers["evaluate"] |= dict(arms=["mine"], headline="mine", curve="")
-        assert before(run, "evaluate") == ["sft", "preferences", "reward", "mine"]
+        common = ["sft", "preferences", "reward", "reward_second"]
+        assert before(run, "evaluate") == [*common, "mine"]
         assert {"mine", "reward", "sft"} <= uses_of(run, "evaluate").keys()
         assert "ppo" not in uses_of(run, "evaluate")
 

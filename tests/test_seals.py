@@ -185,13 +185,15 @@ def test_half_a_surrogate_pair(tmp_path, key, half):
                 read_jsonl(tmp_path / "pairs.jsonl")
 
 
-def test_one_pair(smoke_run, tmp_path):
+def test_one_pair(capsys, smoke_run, tmp_path):
     """It has no spread from which a scale could be taken: the reward model is made all the same,
-    and is finite."""
+    and is finite. For a second one nothing is left, which is said."""
     copy_stages(smoke_run, tmp_path / "run", "sft", "preferences")
     file = tmp_path / "run" / "preferences" / "train.jsonl"
     file.write_text(file.read_text().splitlines()[0] + "\n")
-    assert main(smoke("ppo", tmp_path / "run")) == 0
+    assert main(smoke("ppo", tmp_path / "run")) == 2
+    assert "skip=16" in capsys.readouterr().err
+    assert main(smoke("ppo", tmp_path / "run", "--set", "ppo.chosen_by=''")) == 0
 
 
 def test_answers_that_are_all_alike(capsys, smoke_run, tmp_path):

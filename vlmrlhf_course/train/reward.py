@@ -294,7 +294,8 @@ def learned_from(pairs: list[dict], cfg: RewardConfig) -> list[list[dict]]:
     groups = group_pairs(pairs)
     chosen = groups[cfg.skip :][: cfg.prompts or None]
     if not chosen:
-        raise UserError(f"skip={cfg.skip}: there are {len(groups)} prompts; leave out fewer")
+        remedy = "leave out fewer, or choose policies without a second reward model (chosen_by='')"
+        raise UserError(f"skip={cfg.skip}: there are {len(groups)} prompts; {remedy}")
     return chosen
 
 
