@@ -192,7 +192,7 @@ def test_one_pair(capsys, smoke_run, tmp_path):
     file = tmp_path / "run" / "preferences" / "train.jsonl"
     file.write_text(file.read_text().splitlines()[0] + "\n")
     assert main(smoke("ppo", tmp_path / "run")) == 2
-    assert "skip=16" in capsys.readouterr().err
+    assert "skip=12" in capsys.readouterr().err
     assert main(smoke("ppo", tmp_path / "run", "--set", "ppo.chosen_by=''")) == 0
 
 
