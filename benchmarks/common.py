@@ -95,10 +95,11 @@ def fresh_prompts(cfg: PPOConfig, n: int, rounds: int, seed: int = 0) -> list[li
 class TowerCount:
     "Counts the pictures that pass a model's tower, and keeps what last entered the projector."
 
-    def __init__(self, vlm: VLM):
-        self.images, self.features = 0, None
-        vlm.tower.register_forward_hook(self.count)
-        vlm.projector.register_forward_pre_hook(self.keep)
+    def __init__(self, vlm: VLM, model=None):
+        "`model`: another than the VLM's own, of its family."
+        self.images, self.features, model = 0, None, model or vlm.model
+        vlm.family.part(model, "tower").register_forward_hook(self.count)
+        vlm.family.part(model, "projector").register_forward_pre_hook(self.keep)
 
     def count(self, module, args, output):
         self.images += len(output.last_hidden_state)

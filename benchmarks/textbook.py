@@ -32,7 +32,7 @@ def full_model(vlm: VLM, role: str | None):
         if role:
             layer.merge(adapter_names=[role])
         model.set_submodule(name, layer.get_base_layer())
-    vars(VLM(model, vlm.processor).language).pop("_adapted", None)
+    vars(vlm.family.part(model, "language")).pop("_adapted", None)
     return model.requires_grad_(False)
 
 
@@ -49,7 +49,7 @@ class Naive:
         self.models = {}
         for name, role in self.roles.items():
             self.models[name] = self.vlm.model if shared else full_model(self.vlm, role)
-        self.towers = {m: TowerCount(VLM(m, self.vlm.processor)) for m in self.models.values()}
+        self.towers = {m: TowerCount(self.vlm, m) for m in self.models.values()}
         value = policy.critic.head
         self.value = value if shared else copy.deepcopy(value)
         if shared:
@@ -66,7 +66,7 @@ class Naive:
         self.optimizer = torch.optim.AdamW(sum(self.trained, []), lr=cfg.actor_lr, **usual)
 
     def language(self, name):
-        return VLM(self.models[name], self.vlm.processor).language
+        return self.vlm.family.part(self.models[name], "language")
 
     def acting(self, name):
         return self.vlm.acting(self.roles[name]) if self.shared else nullcontext()

@@ -68,7 +68,7 @@ def compare_online(kind: str, folder, cfg, rounds: int, lora: bool, fixed: bool)
     pictures encoded and tokens an answer, theirs and ours. Ours answers the same prompts as
     often."""
     from benchmarks.common import Endless, Library, TowerCount, build, fresh_prompts
-    from vlmrlhf_course.model.vlm import VLM, load_vlm
+    from vlmrlhf_course.model.vlm import load_vlm
 
     policy, rm = build(cfg, vlm=load_vlm(folder))
     if fixed:
@@ -79,7 +79,7 @@ def compare_online(kind: str, folder, cfg, rounds: int, lora: bool, fixed: bool)
     asked = [p for answers in prompts for p in answers[:: cfg.answers_per_prompt]]
     out = folder / "out"
     trainer = online_trainer(kind, out, model, processor, asked, cfg, all_steps, lora, fixed)
-    towers, lengths = [TowerCount(VLM(model, policy.vlm.processor)), TowerCount(policy.vlm)], []
+    towers, lengths = [TowerCount(policy.vlm, model), TowerCount(policy.vlm)], []
     LENGTHS.clear()
 
     def ours(step):
@@ -101,7 +101,7 @@ def compare_dpo(folder, size: int, steps: int, lora: bool):
 
     from benchmarks.common import TowerCount, fresh_prompts
     from vlmrlhf_course.base.launch import make_accelerator
-    from vlmrlhf_course.model.vlm import VLM, load_vlm
+    from vlmrlhf_course.model.vlm import load_vlm
     from vlmrlhf_course.rl.ppo import PPOConfig
     from vlmrlhf_course.train.dpo import DPOConfig, DPOTask
     from vlmrlhf_course.train.fit import backward_through
@@ -125,7 +125,7 @@ def compare_dpo(folder, size: int, steps: int, lora: bool):
         optimizer.step()
         optimizer.zero_grad()
 
-    towers = [TowerCount(VLM(model, vlm.processor)), TowerCount(vlm)]
+    towers = [TowerCount(vlm, model), TowerCount(vlm)]
     processor = load_vlm(folder).processor
     trainer = dpo_trainer(folder / "out", model, processor, pairs, size, steps + 1, lora)
     found = in_turn(trainer, 1, ours)
@@ -183,10 +183,10 @@ def named(pairs: list[dict], wanted) -> str:
     "The comparisons of adapter against adapter whose ratio is wanted, in words."
     found = []
     for p in pairs:
-        alike = p["trained"] == "adapter" and p["ours"] == LABELS["head"]
-        if p["tokens"] and alike and wanted(p["ratio"]):
+        if p["tokens"] and p["trained"] == "adapter" and wanted(p["ratio"]):
             epochs = f"{p['epochs']} epoch{'s' * (p['epochs'] > 1)}"
-            tokens = f"{p['tokens'][0]:.0f} tokens"
+            critic = "" if p["ours"] == LABELS["head"] else ", against a critic of its own"
+            tokens = f"{p['tokens'][0]:.0f} tokens{critic}"
             found.append(f"{p['method']}, {epochs}, {tokens} ({p['ratio']:.2f})")
     return "; ".join(found) or "none"
 

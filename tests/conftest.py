@@ -13,11 +13,15 @@ import quiet  # noqa: F401  (before PyTorch and its friends are imported)
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 from small_models import SMALL, push, random_policy, reward_model
 
+import vlmrlhf_course
+from vlmrlhf_course.model.roles import LoRAConfig
 from vlmrlhf_course.model.vlm import VLM
 from vlmrlhf_course.rl.rollout import sample
+from vlmrlhf_course.train.reward import RewardConfig, RewardModel
 from vlmrlhf_course.world.llava import build_model, build_processor
 from vlmrlhf_course.world.scenes import make_prompt, parse_scene, sample_scenes
 
@@ -41,13 +45,27 @@ def outside_the_repository(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory):
-    "The folder of `vlmrlhf run --scale smoke`, made once, by a process of its own."
-    folder = tmp_path_factory.mktemp("smoke")
+    """The folder of `vlmrlhf run --scale smoke`, made once, by a process of its own, also where
+    pytest has several workers; or the one that `mutants.py` has made before."""
+    made = os.environ.get("VLMRLHF_SMOKE_RUN")
+    if made:
+        return Path(made)
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own) / "smoke"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "stdout").exists():
+            folder.mkdir()
+            make_smoke_run(folder)
+    return folder / "run"
+
+
+def make_smoke_run(folder: Path) -> Path:
+    "Run the command; what it said stands beside the run's folder."
     command = [sys.executable, "-m", "vlmrlhf_course.cli", "run", "--scale", "smoke"]
     done = subprocess.run(
         [*command, "--out", str(folder / "run")],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(REPO)},
+        env={**os.environ, "PYTHONPATH": str(Path(vlmrlhf_course.__file__).parents[1])},
         capture_output=True,
         text=True,
     )
@@ -58,6 +76,16 @@ def smoke_run(tmp_path_factory):
 
 
 # --- a small model, prompts and their answers -----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small():
+    "A model and a reward model with opinions, to be asked and not trained."
+    torch.manual_seed(0)
+    vlm = VLM(build_model(SMALL).requires_grad_(False), build_processor(SMALL))
+    with torch.no_grad():
+        vlm.model.lm_head.weight.mul_(4)  # random weights with an opinion
+    return vlm, RewardModel(vlm, RewardConfig(lora=LoRAConfig(r=4, alpha=8))).requires_grad_(False)
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,17 @@ import statistics
 import sys
 from pathlib import Path
 
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
 from vlmrlhf_course.base.config import arms_layer
 from vlmrlhf_course.report.page import row_names
 
 REPO = Path(__file__).parent.parent
 LEDGER, README = REPO / "tests" / "ledger.json", REPO / "README.md"
+PICTURE = REPO / "nbs" / "before_after.png"
 ARMS = "dpo grpo ppo_rm ppo_detector oracle".split()
-SHOWN = "sft sft_greedy sft_blank best_of_n".split()
+SHOWN = "sft sft_greedy sft_blank sft_cooled best_of_n".split()
 SHOWN += [row for arm in ARMS for row in (arm, f"{arm}_greedy")]
 COLUMNS = {
     "chair_i": "false mentions (CHAIR_i)",
@@ -41,6 +45,7 @@ SPREAD_COLUMNS = {
     "pope_accuracy": "POPE accuracy",
     "novel_chair_i": "false mentions, unseen combinations",
     "fall": "false mentions less than SFT's, by seed",
+    "below": "the same as a difference, by seed (± half the 95 % interval over pictures)",
 }
 SEEDS = "three seeds, mean ± standard deviation"
 REWARD_MODEL = {
@@ -82,15 +87,23 @@ def over_seeds(reports: list[dict]) -> dict[str, str]:
     greedy row against SFT's greedy answers, of any other against those at temperature 1."""
     found = {}
     for row in SHOWN:
-        for col in [col for col in SPREAD_COLUMNS if col != "fall"]:
+        for col in [col for col in SPREAD_COLUMNS if col not in ("fall", "below")]:
             values = [report[row][col] for report in reports]
             mean, std = statistics.fmean(values), statistics.stdev(values)
             found[f"seeds.{row}.{col}"] = f"{mean:.3f} ± {std:.3f}"
-    for row in [row for row in SHOWN if not row.startswith("sft")]:
+            found[f"mean.{row}.{col}"] = f"{mean:.3f}"
+    for row in [row for row in SHOWN if row not in ("sft", "sft_greedy", "sft_blank")]:
         base = "sft_greedy" if row.endswith("_greedy") else "sft"
         falls = [1 - report[row]["chair_i"] / report[base]["chair_i"] for report in reports]
         found[f"seeds.{row}.fall"] = ", ".join(f"{fall:.0%}" for fall in falls)
+        found[f"seeds.{row}.below"] = ", ".join(below(report[row]) for report in reports)
     return found
+
+
+def below(row: dict) -> str:
+    "How far CHAIR_i is below SFT's at the same temperature, over the same pictures."
+    low, high = row["intervals"]["below_sft"]
+    return f"{row['below_sft']:.3f} ± {(high - low) / 2:.3f}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -135,11 +148,26 @@ def write_chapters(numbers: dict[str, str]):
             chapter.write_text(quoted, "utf-8")
 
 
+def picture_of(numbers: dict[str, str]) -> str:
+    "What the README's picture shows: whose answers, and how often they are false in that run."
+    headline = arms_layer()["evaluate"]["headline"]
+    return f"SFT {numbers['sft.chair_i']}, {headline} {numbers[f'{headline}.chair_i']}, seed 0"
+
+
+def take_picture(file: Path, numbers: dict[str, str]):
+    "Copy a run's picture for the README, with a note of what it shows."
+    note = PngInfo()
+    note.add_text("Description", picture_of(numbers))
+    with Image.open(file) as picture:
+        picture.save(PICTURE, pnginfo=note)
+
+
 def measure(folder: Path) -> dict[str, str]:
     "The ledger of a folder of runs, which is written, too."
     files = sorted(folder.glob("seed-*/report.json"))
     reports = [json.loads(file.read_text("utf-8")) for file in files]
     numbers = ledger(reports[0]) | over_seeds(reports)
+    take_picture(files[0].with_name("before_after.png"), numbers)
     LEDGER.write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", "utf-8")
     return numbers
 

@@ -13,9 +13,14 @@ temporary folder; the sources are never touched."""
 
 import argparse
 import ast
+import atexit
 import functools
 import json
+import os
+import shutil
+import subprocess
 import sys
+import tempfile
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -128,6 +133,21 @@ def check_health(chosen: list[Mutant], jobs: int):
     run_all(work, jobs, healthy)
 
 
+def share_smoke_run(chosen: list[Mutant]):
+    """Make the smoke run that tests look at once, by the library as it is, for all mutants: each
+    would make its own, a minute long. (Random mutants do: theirs is the mutant's.)"""
+    files = {file_and_choice(m.tests)[0] for m in chosen}
+    texts = [(TESTS / name).read_text("utf-8") for file in files for name in file.split()]
+    if not any("smoke_run" in text for text in texts):
+        return
+    folder = tempfile.mkdtemp(prefix="smoke-")
+    atexit.register(shutil.rmtree, folder, True)
+    # In a process of its own: what is imported here would be there in every fork.
+    code = "import sys, pathlib, conftest; conftest.make_smoke_run(pathlib.Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", code, folder], cwd=TESTS, check=True)
+    os.environ["VLMRLHF_SMOKE_RUN"] = f"{folder}/run"
+
+
 def record(counts: dict, key: str = "mutants"):
     "Write what was found to tests/proofs.json."
     file = TESTS / "proofs.json"
@@ -149,6 +169,7 @@ def main():
         sys.exit(found["noticed"] < 0.95 * args.random)
     chosen = [m for m in MUTANTS if args.only in m.name]
     check_snippets(chosen, args.only)
+    share_smoke_run(chosen)
     warm_up()
     check_health(chosen, args.jobs)
     counts = dict(killed=0, SURVIVED=0, ERROR=0)

@@ -55,7 +55,7 @@ GOOD_PICTURES = {  # bytes, and the colour that must come out
     "grey.png": (encoded(plain("L", 99), "PNG"), (99, 99, 99)),
     "black-and-white.png": (encoded(plain("1", 1), "PNG"), (255, 255, 255)),
     "palette.png": (encoded(RED.convert("P"), "PNG"), (255, 0, 0)),
-    "transparent.png": (encoded(plain("RGBA", (255, 0, 0, 128)), "PNG"), (255, 0, 0)),
+    "transparent.png": (encoded(plain("RGBA", (255, 0, 0, 128)), "PNG"), (255, 127, 127)),
     "16-bit-0.png": (encoded(plain("I;16", 0), "PNG"), (0, 0, 0)),
     "16-bit-50.png": (encoded(plain("I;16", 257 * 50), "PNG"), (50, 50, 50)),
     "16-bit-200.png": (encoded(plain("I;16", 257 * 200), "PNG"), (200, 200, 200)),

@@ -2,8 +2,10 @@
 sign somewhere in the library. `python tests/mutants.py --random 100 --seed 0` runs them.
 
 Each is tried by the test files that name its function, then by those that name anything else of its
-module. Who survives both is printed with its line: it is equivalent, and named as such in
-`equivalent_mutants.yaml`, or a test is missing."""
+module. A test that fails or breaks has noticed it; in the end all tests that noticed anything run
+once on the library as it is, and where one fails there, too, it has noticed nothing. Who survives
+is printed with its line: it is equivalent, and named as such in `equivalent_mutants.yaml`, or a
+test is missing."""
 
 import ast
 import random
@@ -144,8 +146,12 @@ def nodes_of(node: ast.AST) -> Iterator[ast.AST]:
 
 def changes_of(file: Path) -> Iterator[Change]:
     "Every change of a module's functions."
-    text = file.read_text("utf-8")
-    source, module = Source(text), file.relative_to(PACKAGE)
+    yield from changes_in(file.read_text("utf-8"), file.relative_to(PACKAGE))
+
+
+def changes_in(text: str, module: Path) -> Iterator[Change]:
+    "Every change of the functions in a text."
+    source = Source(text)
     for name, function in functions_of(ast.parse(text)):
         for statement in function.body:
             for node in nodes_of(statement):
@@ -204,19 +210,49 @@ def job(change: Change, files: list[str]) -> Job:
     return Job(" ".join(files), change.name, change.module, change.text)
 
 
+def noticed_by(what: str, log: str) -> str | None:
+    "`file` or `file -k test` of what failed, or broke, on a mutant; None where nothing did."
+    found = re.search(r"^(?:FAILED|ERROR) (?:.*/)?(test_\w+\.py)(?:::(?:\w+::)?(\w+))?", log, re.M)
+    if what == "SURVIVED" or not found:
+        return None
+    file, test = found.groups()
+    return f"{file} -k {test}" if test else file
+
+
 def run_random(n: int, seed: int, jobs: int) -> dict:
     "Draw changes and try them on the tests. Prints who survives; returns what there is to record."
     warm_up()
     left = {change.name: (change, rounds_of(change)) for change in draw(n, seed)}
+    changes = {name: change for name, (change, _) in left.items()}
+    noticed = {}  # mutant → the test that noticed it
     for turn in (0, 1):
         work = [job(c, rounds[turn]) for c, rounds in left.values() if len(rounds) > turn]
 
         def report(done, what, by, seconds, log):
-            print(f"{what:8} {seconds:5.1f} s  {done.name[:110]}  {by[:60]}", flush=True)
-            if what == "killed":
+            test = noticed_by(what, log)
+            hung = what == "killed" and not test
+            print(f"{what:8} {seconds:5.1f} s  {done.name[:110]}  {test or by}", flush=True)
+            if test or hung:
+                noticed[done.name] = test
                 del left[done.name]
 
         run_all(work, jobs, report, LIMIT)
-    for change, _ in left.values():
+    sick = failing(set(noticed.values()) - {None}, jobs)
+    survivors = [*left, *(name for name, test in noticed.items() if test in sick)]
+    for name in survivors:
+        change = changes[name]
         print(f"SURVIVED {change.module}:{change.line}: {change.function}: {change.what}")
-    return dict(mutants=n, seed=seed, noticed=n - len(left))
+    return dict(mutants=n, seed=seed, noticed=n - len(survivors))
+
+
+def failing(tests: set[str], jobs: int) -> set[str]:
+    "Those that fail on the library as it is."
+    sick = set()
+
+    def report(done, what, by, seconds, log):
+        if what != "SURVIVED":
+            print(f"fails without any mutant: {done.tests}", flush=True)
+            sick.add(done.tests)
+
+    run_all([Job(test) for test in sorted(tests)], jobs, report, LIMIT)
+    return sick

@@ -6,7 +6,7 @@ from small_models import rand, right_mask, seeds
 from torch.testing import assert_close
 
 from vlmrlhf_course.rl.advantages import ValueHead, gae, potential_shaping, token_rewards
-from vlmrlhf_course.rl.advantages import vision_gamma, whiten
+from vlmrlhf_course.rl.advantages import whiten
 
 
 def gae_by_definition(r, v, gamma, lam, after):
@@ -140,6 +140,13 @@ def test_potential_shaping_telescopes(seed, gamma):
     assert_close(f * ~mask, torch.zeros_like(f))
 
 
+def test_potential_shaping_looks_at_no_padding():
+    "Not even where nothing but NaN stands there."
+    mask, phi = right_mask([5, 2, 1], 5), rand(3, 5)
+    found = potential_shaping(phi.masked_fill(~mask, torch.nan), mask, 0.9)
+    assert torch.equal(found, potential_shaping(phi, mask, 0.9))
+
+
 def test_value_head_looks_at_the_picture():
     torch.manual_seed(0)
     head = ValueHead(8, 6, heads=2).double()
@@ -160,8 +167,3 @@ def test_value_head_looks_at_the_picture():
     moved[:, 2] = rand(3, 8, seed=3)
     changed = ((v - head(moved, pictures, seen)).abs() > 1e-9).all(0)
     assert changed.tolist() == [False, False, True, False], "each token has its own value"
-
-
-def test_vision_gamma():
-    shares = torch.tensor([-1.0, 0.0, 0.5, 1.0, 9.0])
-    assert_close(vision_gamma(shares), torch.tensor([0.99, 0.99, 0.965, 0.94, 0.94]))

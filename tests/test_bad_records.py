@@ -64,7 +64,7 @@ BAD_RECORDS = {  # what becomes of a line (or a picture for it), and the words t
     "images, one missing": (change(image=["blank", NOWHERE]), [NOWHERE, "No such file"]),
     "equal": (change(chosen="a cat .", rejected="a  cat ."), ["chosen equals rejected"]),
     "empty": (change(rejected=" "), ["empty answer"]),
-    "cut off": (change(chosen="a small red"), ["chosen is cut off"]),
+    "image in a dict": (change(image={"height": 4}), ["image is neither"]),
     "weight nan": (change(weight=float("nan")), ["weight is not a finite number"]),
     "weight inf": (change(weight=float("inf")), ["weight is not a finite number"]),
     "weight huge": (huge_weight, ["weight is not a finite number"]),

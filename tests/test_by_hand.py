@@ -192,6 +192,8 @@ def test_emergency_and_controller():
         move()
         assert state.after(10.1, cfg) and torch.equal(net.weight, good)
         assert (state.lr_scale, state.control.beta) == (pytest.approx(lr), pytest.approx(beta))
+    state.control.beta = 20.0  # somebody's own, above the ceiling: it does not fall
+    assert state.after(10.1, cfg) and state.control.beta == 20.0
 
 
 def test_after_a_rollback_the_rate_comes_back_and_the_pull_stays():

@@ -16,6 +16,7 @@ from commands import copy_stages, refused, smoke, stop_at
 from picture_files import png
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoProcessor
 
 from vlmrlhf_course import cli
 from vlmrlhf_course.base import files
@@ -234,7 +235,7 @@ def test_remote_code_on_request(monkeypatch, vlm, tmp_path):
 
         monkeypatch.setattr(cls, "from_pretrained", watched)
 
-    watch(vlm_module.AutoProcessor)
+    watch(AutoProcessor)
     watch(vlm_module.AutoModelForImageTextToText)
     load_vlm(tmp_path / "model")
     load_vlm(tmp_path / "model", trust_remote_code=True)

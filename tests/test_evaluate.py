@@ -3,11 +3,10 @@
 import html
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SCENE, SMALL
+from conftest import SCENE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,18 +14,15 @@ from vlmrlhf_course.base.config import arms_layer
 from vlmrlhf_course.base.runs import Run
 from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.data.prompts import Prompt
-from vlmrlhf_course.model.roles import LoRAConfig
-from vlmrlhf_course.model.vlm import Speaker, VLM, answer, token_logprobs
+from vlmrlhf_course.model.vlm import answer, token_logprobs
 from vlmrlhf_course import pipeline  # noqa: F401  (fills the table of stages)
 from vlmrlhf_course.report.evaluate import EvaluateConfig, Policies, bootstrap_interval
-from vlmrlhf_course.report.evaluate import compare, figures, quiz, quizzed, speak_greedily
-from vlmrlhf_course.report.evaluate import voices
+from vlmrlhf_course.report.evaluate import figures, quiz, quiz_figures
+from vlmrlhf_course.report.evaluate import speak_greedily, wins
 from vlmrlhf_course.report.page import COLUMNS, Findings, over_optimisation_figure, report_html
 from vlmrlhf_course.report.page import row_names, text_table
 from vlmrlhf_course.report.record import budget, curve, training_curves
-from vlmrlhf_course.train.reward import RewardConfig, RewardModel
-from vlmrlhf_course.world.judge import judge
-from vlmrlhf_course.world.llava import build_model, build_processor
+from vlmrlhf_course.train.reward import score_texts
 from vlmrlhf_course.world.rubric import true_score
 from vlmrlhf_course.world.scenes import describe, sample_scenes
 from vlmrlhf_course.world.source import DrawnWorld, detail_prompts
@@ -69,15 +65,6 @@ class TestBootstrap:
         assert once != bootstrap_interval(x, ones, seed=4)
 
 
-@pytest.fixture(scope="module")
-def small():
-    torch.manual_seed(0)
-    vlm = VLM(build_model(SMALL).requires_grad_(False), build_processor(SMALL))
-    with torch.no_grad():
-        vlm.model.lm_head.weight.mul_(4)  # random weights with an opinion
-    return vlm, RewardModel(vlm, RewardConfig(lora=LoRAConfig(r=4, alpha=8))).requires_grad_(False)
-
-
 def test_greedy_answers_and_their_kl(small):
     vlm, _ = small
     prompts = detail_prompts(sample_scenes(5, seed="greedy"))
@@ -117,13 +104,22 @@ class TestFigures:
             want = bootstrap_interval(torch.tensor(above), torch.tensor(below))
             assert f["intervals"][name] == pytest.approx(want, rel=1e-6), name
 
+    def test_a_tie_counts_half(self, small):
+        "Equal answers win against each other half of the time."
+        prompts, said = detail_prompts([SCENE] * 2), ["a cat .", "a boat ."]
+        rows = dict(sft=said, other=said, sft_greedy=said[::-1], other_greedy=said)
+        assert wins(small[1], prompts, rows, "other") == 0.5
+        assert wins(small[1], prompts, rows, "other_greedy") == 0.5  # one is better, one worse
+        rows["other"] = [max(said, key=lambda x: score_texts(small[1], prompts[:1], [x]))] * 2
+        assert wins(small[1], prompts, rows, "other") == 0.75
+
     def test_what_nobody_knows_is_left_out(self, small, monkeypatch):
         "No zero in its place, and no column in a table."
         monkeypatch.setattr(DrawnWorld, "judge", lambda *a: None)
         monkeypatch.setattr(DrawnWorld, "truth", lambda *a: None)
         f = figures(DrawnWorld(), detail_prompts([SCENE]), ["a cat ."], small[1])
-        assert set(f) == {"kl", "reward"}
-        assert text_table(dict(sft=f), NAMES).splitlines()[0].split() == ["reward", "KL"]
+        assert set(f) == {"kl", "reward", "length"}
+        assert text_table(dict(sft=f), NAMES).splitlines()[0].split() == ["words", "reward", "KL"]
 
     def test_weights_that_have_left_the_numbers(self, small):
         rm = small[1]
@@ -138,7 +134,7 @@ class TestArms:
     def test_rows_are_called_by_labels(self):
         names = row_names(dict(ppo="PPO", my="mine"))
         assert names["ppo"] == "PPO" and names["my_greedy"] == "mine, greedy"
-        first = ["sft", "sft_greedy", "sft_blank", "best_of_n"]
+        first = ["sft", "sft_greedy", "sft_blank", "sft_cooled", "best_of_n"]
         assert list(names) == [*first, "ppo", "ppo_greedy", "my", "my_greedy"]
 
     def test_headline_is_one_of_them(self):
@@ -214,7 +210,9 @@ def test_report_of_a_run(smoke_run):
         f, trained = report[policy], policy.removesuffix("_greedy") in ARMS
         for figure, (low, high) in f["intervals"].items():
             assert low <= f[figure] <= high, (policy, figure)
-        known = [column for column in COLUMNS if trained or column != "iterations"]
+        left_out = {"wins"} if trained else {"wins", "iterations"}  # who knows the truth needs none
+        left_out |= {"below_sft"} if policy in ("sft", "sft_greedy") else set()
+        known = [column for column in COLUMNS if column not in left_out]
         assert all(math.isfinite(f[column]) for column in known), policy
         assert ("iterations" in f) == trained and html.escape(name) in page
     greedy = [report[f"{name}_greedy"]["kl"] for name in ("sft", *ARMS)]
@@ -284,99 +282,13 @@ def test_yes_is_yes_however_it_is_written(small, monkeypatch, said, yes):
         "vlmrlhf_course.report.evaluate.answer", lambda *a, **k: [said, "yesterday"]
     )
     asked = [Prompt("exists", "is there a cat ?", text, None) for text in ("Yes.", "no .")]
-    assert quiz(small[0], asked)["accuracy"] == (1 + yes) / 2
+    found = quiz(small[0], asked)
+    assert (found["accuracy"], found["yes_rate"], found["answered"]) == (yes / 2, yes / 2, 1 / 2)
 
 
-# --- who is compared, and what is asked of whom ---------------------------------------------------
-
-
-@pytest.fixture
-def who(small):
-    "SFT and an arm, which is the same model: what they say is put in their mouths."
-    vlm, rm = small
-    return Policies(vlm, rm, dict(my=Speaker(vlm, "mine")), "my")
-
-
-def asked(*answers):
-    return [Prompt("exists", "is there a cat ?", text, "blank") for text in answers]
-
-
-def test_a_policy_is_quizzed_greedily_and_a_row_that_is_none_by_what_it_says(who, monkeypatch):
-    replies = {None: ["yes ."] * 4, "mine": ["no .", "no .", "yes .", "no ."]}
-    monkeypatch.setattr(
-        "vlmrlhf_course.report.evaluate.answer", lambda vlm, q, *a, role=None, **k: replies[role]
-    )
-    questions = asked("yes .", "yes .", "yes .", "no .")
-
-    def never(prompts):
-        raise AssertionError("a policy answers greedily")
-
-    for row in ("sft", "sft_greedy"):
-        got = quizzed(row, never, who, questions)
-        assert got == dict(pope_accuracy=3 / 4, pope_yes_rate=1.0)
-    for row in ("my", "my_greedy"):
-        assert quizzed(row, never, who, questions) == dict(pope_accuracy=2 / 4, pope_yes_rate=1 / 4)
-    said = ["yes , there is .", "yes .", "no .", "no ."]
-    got = quizzed("best_of_n", lambda prompts: (said, 0.0), who, questions)
-    assert got == dict(pope_accuracy=3 / 4, pope_yes_rate=2 / 4)
-
-
-def test_every_policy_answers_at_both_temperatures(who, monkeypatch):
-    rows = voices(who, best_of=3)
-    assert {*rows} == {"sft", "sft_greedy", "sft_blank", "best_of_n", "my", "my_greedy"}
-    module = "vlmrlhf_course.report.evaluate"
-
-    def spoken(temperature):
-        return lambda vlm, prompts, role=None: ((temperature, role, [p.image for p in prompts]), 0)
-
-    monkeypatch.setattr(f"{module}.speak", spoken(1))
-    monkeypatch.setattr(f"{module}.speak_greedily", spoken(0))
-    two = [*asked("yes ."), Prompt("text", "what ?", "", None)]
-    assert voices(who, 3)["sft_blank"](two)[0] == (1, None, [("blank",), None])
-    rows = voices(who, 3)
-    seen = {row: rows[row](two)[0][:2] for row in ("sft", "sft_greedy", "my", "my_greedy")}
-    assert seen == dict(sft=(1, None), sft_greedy=(0, None), my=(1, "mine"), my_greedy=(0, "mine"))
-    called = []
-    monkeypatch.setattr(f"{module}.best_of_n", lambda *a, **k: called.append((a[2], k)))
-    voices(who, 3)["best_of_n"](two)
-    assert called == [(two, dict(n=3))]
-
-
-@pytest.mark.parametrize("more", [True, False])
-def test_what_a_row_holds(who, monkeypatch, more):
-    "Unseen combinations and POPE by hand; where a source has neither, there is no such figure."
-    said = dict(sft=["a cat and a fish .", "a fish ."], my=["a cat .", "a kite and a fish ."])
-
-    def voice(name):
-        return lambda prompts: ([said[name][prompts[0].image == "blank"]], 0.5)
-
-    class Two(DrawnWorld):
-        splits = ("test", "novel") if more else ("test",)
-
-        def prompts(self, split, n, kinds, seed):
-            (prompt,) = detail_prompts([SCENE])
-            return [replace(prompt, image="blank") if split == "novel" else prompt]
-
-        def judge(self, prompt, text):
-            return judge(text, SCENE)
-
-        def truth(self, prompt, text):
-            return 7.0
-
-        def quiz(self, prompts):
-            return asked("yes .") * more
-
-    rows = {name: voice(name) for name in said}
-    monkeypatch.setattr("vlmrlhf_course.report.evaluate.voices", lambda who, n: rows)
-    monkeypatch.setattr("vlmrlhf_course.report.evaluate.answer", lambda *a, **k: ["yes ."])
-    result, answers, _ = compare(who, Two(), EvaluateConfig(arms=("my",), headline="my"), 0)
-    assert answers == dict(sft=["a cat and a fish ."], my=["a cat ."])
-    assert result["sft"]["chair_i"] == 0.5 and result["my"]["chair_i"] == 0.0
-    assert result["sft"]["kl"] == 0.5 and result["my"]["true_score"] == 7.0
-    figures_of = {"novel_chair_i", "novel_recall", "pope_accuracy", "pope_yes_rate"}
-    for row in result.values():
-        assert figures_of & row.keys() == (figures_of if more else set())
-    if more:
-        novel = [(row["novel_chair_i"], row["novel_recall"]) for row in result.values()]
-        assert novel == [(1.0, 0.0), (0.5, pytest.approx(1 / 3))]
-        assert result["my"]["pope_accuracy"] == result["my"]["pope_yes_rate"] == 1.0
+def test_who_says_neither_yes_nor_no_is_wrong():
+    "Also where no would have been right: red is no answer to whether there is a cat."
+    asked = [Prompt("exists", "is there a cat ?", text, None) for text in ("yes .", "no .", "no .")]
+    found = quiz_figures(asked, ["yes .", "red .", "No, none."])
+    shares = dict(accuracy=2 / 3, precision=1.0, recall=1.0, f1=1.0, yes_rate=1 / 3, answered=2 / 3)
+    assert found == pytest.approx(shares)

@@ -3,6 +3,7 @@ scores."""
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from vlmrlhf_course.base.runs import Run
 from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.base.stages import before, config_of
 from vlmrlhf_course.data.pairs import group_pairs
-from vlmrlhf_course.model.vlm import VLM
-from vlmrlhf_course.pipeline import with_source
+from vlmrlhf_course.model.vlm import VLM, token_logprobs
+from vlmrlhf_course.pipeline import obtain, reopen, with_source
 from vlmrlhf_course.rl import loop
 from vlmrlhf_course.rl.advantages import ValueHead
 from vlmrlhf_course.rl.loop import train
@@ -34,10 +35,15 @@ def test_a_second_reward_model_gives_its_opinion(policy, token_rm, prompts):
     "Of the very answers that are validated, with the error of its mean; without one there is none."
     short = with_settings(policy, max_new_tokens=4, micro_batch=4)
     scores = scores_of(token_rm, short.cfg)
-    assert set(validate(short, scores, prompts)) == {"validation", *MOVED}
+    assert set(validate(short, scores, prompts)) == {"validation", "validation_kl", *MOVED}
     figures = validate(short, scores, prompts, token_rm)
     said = sample(short.vlm, prompts, "actor", max_new_tokens=4, seed=1)
     paid = scores_of(token_rm, short.cfg)(said)[1]
+    with torch.no_grad():
+        before = short.vlm.rule_out(short.vlm.answer_logits(said.batch))
+        moved = said.logprobs - token_logprobs(before, said.batch.answers)
+    kl = float((moved * said.batch.answer_mask).sum(1).mean())
+    assert figures["validation_kl"] == pytest.approx(kl, abs=1e-5)
     n = len(prompts)
     assert figures["second_opinion"] == pytest.approx(paid["reward"], rel=1e-5)
     assert figures["second_opinion_error"] == pytest.approx(paid["reward_std"] / n**0.5, rel=1e-5)
@@ -49,12 +55,12 @@ def small(**changes):
 
 def opinion(value, kl=0.0, error=0.0, validation=0.0):
     figures = dict(second_opinion=value, second_opinion_error=error)
-    return figures | dict(validation=validation, kl=kl)
+    return figures | dict(validation=validation, validation_kl=kl)
 
 
 def alone(value):
     "A validation without a second opinion."
-    return dict(validation=value, kl=99.0)
+    return dict(validation=value, validation_kl=99.0)
 
 
 KEPT = {
@@ -64,6 +70,7 @@ KEPT = {
     "as good as the best, and later": ([opinion(0.8), opinion(0.72, 0, 0.1)], 1),
     "worse by more than the error": ([opinion(0.8), opinion(0.72, 0, 0.07)], 0),
     "the best stays the measure": ([opinion(v, 0, 0.1) for v in (0.8, 0.72, 0.64)], 1),
+    "as good, and nobody knows the error": ([opinion(0.8), opinion(0.8)], 0),
     "nobody else is there": ([alone(9.0), alone(3.0), alone(99.0), alone(98.0)], 2),
     "not a number": ([opinion(0.6), opinion(float("nan")), alone(float("nan"))], 0),
 }
@@ -89,7 +96,7 @@ def test_a_run_ends_with_the_policy_that_is_kept(tmp_path, monkeypatch):
 
     def validated(algorithm, *args):
         seen.append([p.detach().clone() for p in algorithm.actor.trained()])
-        return found[len(seen) - 1] | dict(kl=0.0)
+        return found[len(seen) - 1] | dict(validation_kl=0.0)
 
     monkeypatch.setattr(loop, "validate", validated)
     train(ppo, scores, pool, pool[:2], tmp_path / "ppo")
@@ -103,7 +110,7 @@ def test_an_arm_asks_its_second_reward_model(smoke_run):
     for arm in ("ppo_rm", "ppo_detector", "oracle", "grpo"):
         rows = read_jsonl(smoke_run / arm / "metrics.jsonl")
         asked = [row for row in rows if "second_opinion" in row]
-        values = [row["second_opinion"] - PRICE * row["kl"] for row in asked]
+        values = [row["second_opinion"] - PRICE * row["validation_kl"] for row in asked]
         assert len(values) == 2  # after steps 2 and 3
         best = json.loads((smoke_run / arm / "done.json").read_text())["best"]
         assert best == pytest.approx(max(values))
@@ -208,3 +215,27 @@ def test_the_units_survive_a_stop(tmp_path, monkeypatch):
         head = ppo.critic.head
         ends.append((float(head.shift), float(head.scale), bool(head.fitted)))
     assert met and ends[0] == ends[1] and ends[0][2] and ends[0][1] != 1.0
+
+
+def test_whoever_watches_a_run_is_told_what_the_log_says(smoke_run, tmp_path):
+    "An observer of a `Run` sees each iteration of an arm, by the arm's name; it changes nothing."
+    shutil.copytree(smoke_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "ppo_rm")
+    run, told = reopen(tmp_path / "run"), []
+    run.observers = (lambda arm, step, **figures: told.append((arm, dict(step=step, **figures))),)
+    obtain(run, "ppo_rm")
+    log = read_jsonl(tmp_path / "run" / "ppo_rm" / "metrics.jsonl")
+    assert told == [("ppo_rm", row) for row in log] and len(log) == 3
+    own, other = (folder / "ppo_rm" / "actor.safetensors" for folder in (run.folder, smoke_run))
+    assert own.read_bytes() == other.read_bytes()
+
+
+def test_a_stage_that_is_asked_for_without_gradients_is_trained_all_the_same(smoke_run, tmp_path):
+    "Whoever only reads an arm may be the first who wants it."
+    shutil.copytree(smoke_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "ppo_rm")
+    with torch.no_grad():
+        obtain(reopen(tmp_path / "run"), "ppo_rm")
+        assert not torch.is_grad_enabled()
+    own, other = (place / "ppo_rm" / "actor.safetensors" for place in (tmp_path / "run", smoke_run))
+    assert own.read_bytes() == other.read_bytes()

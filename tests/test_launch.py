@@ -277,8 +277,11 @@ def ends(process, limit=60):
 
 def waits(process, folder):
     "Has a process opened a folder to lock it, besides what it inherits from this one?"
-    opened = map(os.path.realpath, Path(f"/proc/{process.pid}/fd").iterdir())
-    return [*opened].count(str(folder)) > 1
+    try:
+        opened = list(map(os.path.realpath, Path(f"/proc/{process.pid}/fd").iterdir()))
+    except FileNotFoundError:  # it closed a file meanwhile: whoever waits asks again
+        return False
+    return opened.count(str(folder)) > 1
 
 
 def lost(process, *words):

@@ -11,15 +11,16 @@ from torch.testing import assert_close
 from vlmrlhf_course.base.launch import make_accelerator
 from vlmrlhf_course.base.records import read_jsonl
 from vlmrlhf_course.data.pairs import group_pairs
+from vlmrlhf_course.model.roles import ParamGroup, clip_groups
 from vlmrlhf_course.model.vlm import VLM, token_logprobs
 from vlmrlhf_course.rl.kl import full_kl
 from vlmrlhf_course.rl.loop import Learner, train
 from vlmrlhf_course.rl.ppo import PPO, PPOConfig
 from vlmrlhf_course.rl.rollout import sample
 from vlmrlhf_course.rl.state import State
-from vlmrlhf_course.train.fit import backward_through, grad_norms
+from vlmrlhf_course.train.fit import FitConfig, backward_through, grad_norms
 from vlmrlhf_course.train.reward import RewardConfig, RewardModel, RewardTask
-from vlmrlhf_course.train.sft import SFTTask, unfreeze_tower
+from vlmrlhf_course.train.sft import SFTConfig, SFTTask, learn_part, sft_groups, thawing
 from vlmrlhf_course.world.llava import build_model, build_processor
 from vlmrlhf_course.world.source import sample_prompts
 
@@ -57,24 +58,47 @@ def test_sft_does_not_depend_on_micro_batches(vlm, prompts, full):
     assert loss == pytest.approx(float(mean), rel=1e-6)
 
 
-def trains(part):
-    return all(p.requires_grad for p in part.parameters())
-
-
 @pytest.mark.parametrize("layer", [-1, -2])
 def test_staged_unfreezing(vlm, layer):
-    """The layer that trains first is the last one that is read;
-    the projector always trains; going back freezes again."""
+    """The layer that learns first is the last one that is read; before the first layer comes what
+    is before it; what nobody reads is in no group."""
     tower_layers = vlm.tower.encoder.layers
     for _ in range(2):  # three in all
         tower_layers.append(copy.deepcopy(tower_layers[0]))
     vlm.model.config.vision_feature_layer = layer
-    last = 3 + layer
-    for progress, want in ((0.0, []), (0.3, [last]), (0.69, [last]), (0.7, [0, 1, 2]), (0.1, [])):
-        unfreeze_tower(vlm, progress)
-        assert [i for i, part in enumerate(tower_layers) if trains(part)] == want
-        assert trains(vlm.projector)
-        assert trains(vlm.tower.embeddings) == (progress == 0.7)
+    read, stage = 4 + layer, FitConfig(steps=100)
+    groups = thawing(vlm, 0.5, stage)
+    assert len(groups) == read
+    for part, group in zip(tower_layers, groups):
+        assert {id(p) for p in part.parameters()} <= {id(p) for p in group.params}
+    assert {id(p) for p in vlm.tower.embeddings.parameters()} <= {id(p) for p in groups[0].params}
+    for step in (0, 29, 30, 69, 70, 99):
+        rates = [g.peak * g.schedule(step) for g in groups]
+        whole, last = 0.5 * stage.factor(step), read - 1
+        want = [whole * (step >= 70 or (i == last and step >= 30)) for i in range(read)]
+        assert rates == pytest.approx(want)
+
+
+def test_a_stage_of_sft_thaws_the_tower_where_it_is_told_to(vlm):
+    "And nothing else that was frozen: what trains is what is in a group."
+    for name, rate, more in (("language", 0.1, 2), ("language", 0.0, 0), ("projector", 0.1, 0)):
+        learn_part(vlm, name)
+        groups = sft_groups(vlm, SFTConfig(tower_lr=rate), name)
+        trained = {id(p) for p in vlm.model.parameters() if p.requires_grad}
+        grouped = [id(p) for group in groups for p in group.params]
+        assert set(grouped) == trained and len(grouped) == len(trained)
+        assert len(groups) == 1 + (len(vlm.tower.encoder.layers) if more else 0)
+
+
+def test_each_group_is_clipped_by_itself():
+    "Otherwise one that is far off slows the others down. The norm is that of all, before."
+    far, near = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    far.grad, near.grad = torch.tensor([300.0, 400.0]), torch.tensor([0.3, 0.4])
+    groups = [ParamGroup([p], 1.0, lambda step: 1.0) for p in (far, near)]
+    norm = clip_groups(make_accelerator(), groups, 1.0)
+    assert norm == pytest.approx((500**2 + 0.5**2) ** 0.5)
+    assert_close(far.grad, torch.tensor([0.6, 0.8]))
+    assert_close(near.grad, torch.tensor([0.3, 0.4]))
 
 
 def test_grad_norms(vlm, full):

@@ -149,3 +149,18 @@ class TestValueLoss:
         value_loss(v, old, ret, right_mask([3, 1], 3), 10.0).backward()
         assert old.grad is None and ret.grad is None and not v.grad[1, 1:].any()
         assert_close(v.grad[0], (v - ret).detach()[0])
+
+
+@pytest.mark.parametrize("there", [0.0, 3.0, -1e30, 1e30, torch.inf])
+def test_policy_loss_looks_at_no_padding(there):
+    "Infinity times a mask of 0 would be NaN; value and gradient are those without padding."
+    mask = right_mask([1, 3], 3)
+    now, old, adv = (torch.randn(2, 3, dtype=torch.float64) for _ in range(3))
+    results = []
+    for at_padding in (0.0, there):
+        new = now.masked_fill(~mask, 0.0).requires_grad_()
+        loss = ppo_policy_loss(new, old.masked_fill(~mask, -at_padding), adv, mask, 0.2)
+        loss.backward()
+        results.append((loss.detach(), new.grad))
+    (loss, grad), (other, other_grad) = results
+    assert torch.equal(loss, other) and torch.equal(grad, other_grad)

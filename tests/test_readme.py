@@ -2,10 +2,14 @@
 
 import json
 import re
+import shutil
+import subprocess
+from urllib.parse import unquote
 
 import make_ledger
 import pytest
 from conftest import REPO
+from PIL import Image
 
 LEDGER = REPO / "tests" / "ledger.json"
 
@@ -49,6 +53,36 @@ def test_the_tables_are_those_of_the_ledger():
     "Each number in its row and column, and the rows called as in a report."
     start, end = "<!-- table -->\n", "\n<!-- /table -->"
     assert readme().split(start)[1].split(end)[0] == make_ledger.tables(ledger())
+
+
+def falls(row):
+    return [int(fall.rstrip("%")) for fall in ledger()[f"seeds.{row}.fall"].split(", ")]
+
+
+def mean(row, column="chair_i"):
+    return float(ledger()[f"mean.{row}.{column}"])
+
+
+def test_what_the_text_says_of_three_seeds():
+    "A third of SFT's false mentions; about 30 % less at 0; rivals; nothing of POPE but by DPO."
+    assert all(60 <= fall <= 70 for fall in falls("ppo_rm"))
+    assert all(25 <= fall <= 35 for fall in falls("ppo_rm_greedy"))
+    assert (min(falls("ppo_detector_greedy")), max(falls("ppo_detector_greedy"))) == (27, 42)
+    assert [mean(row) for row in ("sft_cooled", "ppo_rm", "best_of_n")] == [0.063, 0.078, 0.082]
+    assert all(value in readme() for value in ("0.063 against 0.078", "as good (0.082)"))
+    assert mean("ppo_rm", "recall") > mean("sft", "recall") + 0.1
+    assert abs(mean("ppo_rm_greedy", "recall") - mean("sft_greedy", "recall")) < 0.01
+    pope = {row: mean(row, "pope_accuracy") for row in ("sft", "ppo_rm", "dpo")}
+    assert abs(pope["ppo_rm"] - pope["sft"]) < 0.01 and pope["dpo"] < pope["sft"] - 0.1
+    assert mean("oracle_greedy") > mean("ppo_rm_greedy") - 0.01
+    below = [pair.split(" ± ") for pair in ledger()["seeds.ppo_rm_greedy.below"].split(", ")]
+    assert all(float(by) >= float(half) and 0.01 < float(by) < 0.025 for by, half in below)
+    assert ["0.015", "0.015"] in below and "(0.015 ± 0.015)" in readme()
+
+
+def test_the_picture_is_the_headline_of_the_first_table():
+    with Image.open(make_ledger.PICTURE) as picture:
+        assert picture.text["Description"] == make_ledger.picture_of(ledger())
 
 
 @pytest.mark.parametrize(
@@ -96,7 +130,8 @@ def report_of(chair_i, more=0.0):
     report = dict(reward_model=reward_model)
     for row in make_ledger.SHOWN:
         columns = [col for col in make_ledger.COLUMNS if col != "iterations"]
-        report[row] = dict.fromkeys(columns, 0.5 + more) | dict(length=28.25, intervals={})
+        paired = dict(below_sft=0.25 + more, intervals=dict(below_sft=[0.1, 0.4]))
+        report[row] = dict.fromkeys(columns, 0.5 + more) | dict(length=28.25) | paired
         if row.removesuffix("_greedy") in make_ledger.ARMS:
             report[row]["iterations"] = 48
         report[row]["chair_i"] = chair_i.get(row, 0.1)
@@ -113,6 +148,7 @@ def test_the_ledger_of_reports_by_hand():
     assert numbers["seeds.grpo.novel_chair_i"] == "0.550 ± 0.071"
     assert numbers["seeds.ppo_rm.fall"] == "75%, 60%"
     assert numbers["seeds.ppo_rm_greedy.fall"] == "50%, 75%", "against SFT's greedy answers"
+    assert numbers["seeds.ppo_rm.below"] == "0.250 ± 0.150, 0.350 ± 0.150"
     assert not {"seeds.sft.fall", "seeds.sft_greedy.fall"} & numbers.keys()
     lines = make_ledger.tables(numbers).splitlines()
     names = [line.split("|")[1].strip() for line in lines if line.count("|") > 8]
@@ -122,3 +158,14 @@ def test_the_ledger_of_reports_by_hand():
     assert "**PPO, reward model**" in names
     (line,) = [line for line in lines if line.startswith("| PPO, reward model, greedy | 0.100 |")]
     assert line.split(" | ")[-1] == "48 |" and line.count("|") == len(make_ledger.COLUMNS) + 2
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+def test_make_lab_reaches_chapters_and_exercises():
+    "JupyterLab shows nothing above its root."
+    how = dict(cwd=REPO, capture_output=True, text=True, check=True)
+    said = subprocess.run(["make", "-n", "-o", ".venv/ready", "lab"], **how).stdout
+    root = REPO / re.search(r"--ServerApp\.root_dir=(\S+)", said)[1]
+    opened = unquote(re.search(r"--LabApp\.default_url=/lab/tree/(\S+)", said)[1])
+    for path in (opened, "exercises/00_index.ipynb", "nbs/07_advantages.ipynb"):
+        assert (root / path).is_file(), path

@@ -243,12 +243,15 @@ def test_arms_are_started_so(tmp_path, monkeypatch):
     no_stage(monkeypatch)
     asked = []
     monkeypatch.setattr(cli.Arms, "finish", lambda arms, jobs: asked.append((arms, jobs)))
-    monkeypatch.setattr(cli.Arms, "start", lambda arms, jobs, missing: None)
+    monkeypatch.setattr(cli.Arms, "start", lambda arms, jobs: None)
     cli.make_arms(Run(tmp_path, "smoke", args.set, seed=4), args, 2)
     ((arms, jobs),) = asked
     run, verbs, options = arms.run, arms.verbs, arms.options
     ppos = dict.fromkeys(("ppo_rm", "ppo_detector", "oracle", "hacked"), "ppo")
-    assert verbs == dict(dpo="dpo", grpo="grpo") | ppos and jobs == 2
+    others = dict(dpo="dpo", grpo="grpo", reward_second="reward", detector="detector")
+    assert {name: verbs[name] for name in (*ppos, *others)} == ppos | others and jobs == 2
+    # This process took the first stage that others wait for; nothing else was ready.
+    assert "sft" not in arms.waiting and {*ppos, *others, "preferences"} <= set(arms.waiting)
     _start_arm(run, verbs["oracle"], "oracle", options)
     ((command, how),) = started
     assert how["stdin"] == subprocess.PIPE and how["env"]["VLMRLHF_ARM"] == "1"

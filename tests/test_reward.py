@@ -11,8 +11,7 @@ from small_models import rand, right_mask, seeds
 from torch import nn
 from torch.testing import assert_close
 
-from vlmrlhf_course.data.prompts import Prompt
-from vlmrlhf_course.train.checks import crossed_pairs, diagnose, reliability, segment_scores
+from vlmrlhf_course.train.checks import diagnose, segment_scores
 from vlmrlhf_course.train.dpo import DPOConfig, train_dpo
 from vlmrlhf_course.train.fit import EarlyStopping, FitConfig, early_stop, in_epochs
 from vlmrlhf_course.train.parts import composite_weights, consistency, gated_score
@@ -57,6 +56,7 @@ def test_diagnose():
     assert sick(train_accuracy=0.95, accuracy=0.69) == ["overfit"]
     assert sick(train_accuracy=0.95, accuracy=0.71) == []
     assert sick(image_ablated=0.72) == ["looks"]
+    assert sick(image_ablated=None, asked=None) == []
     assert sick(asked=0.6) == ["reads"] == sick(text_ablated=0.8)
     assert sick(healthy * 1e-3) == ["collapse"] == sick(torch.zeros(400))
     assert sick(torch.tanh(5 * healthy)) == ["skew"]
@@ -106,21 +106,6 @@ def test_early_stopping_keeps_the_weights_of_the_best_look():
     assert float(watch.best["weight"]) == 4.0, "the weights of the second look"
 
 
-@given(seeds, st.integers(1, 40), st.sampled_from([2, 5, 10]))
-def test_reliability_by_definition(seed, n, bins):
-    p, seen = rand(n, seed=seed).sigmoid(), rand(n, seed=seed + 1).sigmoid()
-    table, error = reliability(p, seen, bins)
-    groups = {}
-    for a, b in zip(p.tolist(), seen.tolist()):
-        groups.setdefault(int(a * bins), []).append((a, b))
-    want = [
-        [sum(a for a, _ in g) / len(g), sum(b for _, b in g) / len(g), len(g)]
-        for _, g in sorted(groups.items())
-    ]
-    assert table.tolist() == [pytest.approx(row, abs=1e-6) for row in want]
-    assert error == pytest.approx(sum(abs(a - b) * k for a, b, k in want) / n, abs=1e-6)
-
-
 class TestComposites:
     @given(
         seeds,
@@ -165,14 +150,6 @@ class TestComposites:
         assert float(got.sum()) == pytest.approx(1) and (got > 0).all()
 
 
-def test_crossed_pairs():
-    a = Prompt("detail", "q1", "one .", "scene:x")
-    b = Prompt("detail", "q2", "two .", "scene:x")
-    found = [(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in crossed_pairs(a, b)]
-    assert found == [("q1", "one .", "two ."), ("q2", "two .", "one .")]
-    assert crossed_pairs(a, Prompt("brief", "q3", "one .", None)) == []
-
-
 def test_swap_pictures():
     rows = [dict(image=i, k=k) for k, i in enumerate(["p", "p", "q", None, "r"])]
     assert [r["image"] for r in swap_pictures(rows)] == ["q", "q", "r", None, "p"]
@@ -209,3 +186,29 @@ def test_both_trainers_take_their_batches_there(trainer, config, monkeypatch, tm
     rows = [dict(image=None, prompt=str(i), chosen="a .", rejected="b .") for i in range(4)]
     trainer(mock.MagicMock(), rows, config(fit=FitConfig(batch=12)), tmp_path)
     assert len(taken[0]) == 12
+
+
+@pytest.mark.parametrize("trainer, config", [(train_reward, RewardConfig), (train_dpo, DPOConfig)])
+@pytest.mark.parametrize("epochs, size, steps", [(1, 1, 3), (3, 1, 9), (3, 2, 4), (0.1, 2, 1)])
+def test_both_take_as_many_steps_as_their_epochs_have(
+    trainer, config, epochs, size, steps, monkeypatch, tmp_path
+):
+    "Of prompts, not of pairs: a prompt's pairs are one item."
+    taken = []
+    module = sys.modules[trainer.__module__]
+    monkeypatch.setattr(module, "fit", lambda task, items, how, *a, **k: taken.append(how.steps))
+    monkeypatch.setattr("vlmrlhf_course.train.reward.fix_scale", lambda rm, pairs: None)
+    rows = [dict(image=None, prompt=str(i // 2), chosen="a .", rejected="b .") for i in range(6)]
+    cfg = config(fit=FitConfig(batch=size), epochs=epochs)
+    rm = mock.MagicMock()
+    rm.cfg = cfg
+    trainer(rm, rows, cfg, tmp_path)
+    assert taken == [steps]
+
+
+def test_a_score_head_starts_small():
+    "Its output weights have a deviation of a tenth over the root of the width."
+    torch.manual_seed(0)
+    weights = torch.cat([ScoreHead(64, "token").out.weight.flatten() for _ in range(40)])
+    width = ScoreHead(64, "token").out.in_features
+    assert float(weights.detach().std() * width**0.5) == pytest.approx(0.1, rel=0.05)

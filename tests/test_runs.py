@@ -14,7 +14,7 @@ from commands import tree
 from vlmrlhf_course.base import files
 from vlmrlhf_course.base.config import MIXTURES, arms_layer, build_config, load_layers, scales
 from vlmrlhf_course.base.folders import lock, unlock
-from vlmrlhf_course.base.runs import META, Run
+from vlmrlhf_course.base.runs import META, Run, cached_run
 from vlmrlhf_course.base.settings import Settings, UserError, load_settings, nearest
 from vlmrlhf_course.base.stages import (
     STAGES,
@@ -382,3 +382,11 @@ class TestStages:
         assert len({r.folder for r in runs}) == 4
         assert all(r.folder.parent == tmp_path / "cache" for r in runs)
         assert course_run("smoke").folder == runs[0].folder
+
+
+def test_other_defaults_of_the_stages_are_another_folder(tmp_path, monkeypatch):
+    "Else the chapters' cached run would be refused after every change of a default."
+    monkeypatch.setenv("VLMRLHF_CACHE", str(tmp_path))
+    some = [None, dict(ppo=dict(clip=0.2)), dict(ppo=dict(clip=0.3))]
+    assert len({cached_run("smoke", defaults).folder for defaults in some}) == 3
+    assert cached_run("smoke", some[1]).folder == cached_run("smoke", dict(some[1])).folder

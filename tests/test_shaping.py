@@ -4,7 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import close, experience, values
+from small_models import close, experience, experience_of, values, with_settings
+
+from vlmrlhf_course.rl.algorithm import read_answers
+from vlmrlhf_course.rl.loop import token_parts
 
 
 def first_returns(cast, roll, **changes):
@@ -39,13 +42,35 @@ def test_what_is_paid_early_is_that_part_of_the_score(cast, roll):
     close(at_the_end(length=-0.1), returns(length=-0.1))
 
 
-def test_a_cut_off_answer_is_worth_what_the_critic_expects(cast, roll):
-    "With `bootstrap`; an answer that ended is worth nothing more."
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_cut_off_answer_is_worth_what_the_critic_expects(cast, roll, dense, gamma):
+    """With `bootstrap`, and no score besides: neither that of a piece, nor `no_eos`. What its
+    tokens have earned is kept where that is paid early, since the critic counts from there on."""
     cut = replace(roll, ended=torch.tensor([True, False] * 3))
-    common = dict(lam=1.0, beta=0.0, reward=dict(length=1.0), no_eos=1e6, dense=False)
-    plain, more = (experience(cast, cut, bootstrap=b, **common)[0] for b in (False, True))
-    gained = (more.tokens["returns"] - plain.tokens["returns"])[:, 0]
+    common = dict(lam=1.0, reward=dict(rm=1.0), no_eos=-7.0, dense=dense, gamma=gamma)
+
+    def returns(bootstrap):
+        policy = with_settings(cast.policy, bootstrap=bootstrap, **common)
+        exp, _ = experience_of(policy, cast.rm, cut, beta=0.0)
+        return exp.tokens["returns"][:, 0]
+
+    found = returns(True)
+    close(found[cut.ended], returns(False)[cut.ended])
     after = values(cast.policy, cast.rm, cut.batch)
-    last = after.gather(1, cut.batch.lengths.unsqueeze(1)).squeeze(1)
-    close(gained, torch.where(cut.ended, 0.0, last))
+    lengths = cut.batch.lengths
+    last = after.gather(1, lengths.unsqueeze(1)).squeeze(1)
+    earned = token_parts(cast.rm, cut, read_answers(cast.rm, cut, 99)).sum(1) * dense
+    discount = gamma ** lengths.to(last)
+    close(found[~cut.ended], (discount * (last + earned))[~cut.ended])
     assert (last[~cut.ended].abs() > 1e-6).all()
+
+
+def test_nothing_is_said_at_padding(cast, roll):
+    "Zeros, so that sums over a row are sums over its answer: of reference and policy."
+    batch = roll.batch
+    assert not batch.answer_mask.all()
+    reading = read_answers(cast.rm, roll, 99)
+    logprobs, _ = cast.policy.policy(batch)
+    for x in (reading.ref, logprobs):
+        assert not x[~batch.answer_mask].any() and x[batch.answer_mask].all()

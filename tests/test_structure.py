@@ -14,8 +14,9 @@ from conftest import REPO
 
 PACKAGE = REPO / "vlmrlhf_course"
 # A module imports from rooms before its own, and from its own room without circles.
-ROOMS = "base data model train rl report world pipeline arms cli".split()
-MAY_NAME_THE_WORLD = ("world", "pipeline")  # who may name the drawn world
+ROOMS = "base data model train rl report world own pipeline classroom".split()
+ROOMS += "grading arms verbs cli".split()
+MAY_NAME_THE_WORLD = ("world", "pipeline", "classroom")  # who may name the drawn world
 NOTEBOOKS = sorted((REPO / "nbs").glob("*.ipynb"))
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if not p.name.startswith("_"))
 SCRIPTS = sorted([*(REPO / "tests").glob("*.py"), *(REPO / "benchmarks").glob("*.py")])
@@ -188,6 +189,23 @@ def only_generated(where: str, lines: list[int]) -> bool:
 @pytest.mark.parametrize("path", [*MODULES, *SCRIPTS], ids=lambda p: str(p.relative_to(REPO)))
 def test_files_are_short(path):
     assert (n := len(path.read_text("utf-8").splitlines())) <= 400, f"{n} lines"
+
+
+def lines_of_code(function: ast.FunctionDef, text: str) -> int:
+    "Without signature, docstring, comments and empty lines."
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    if not body:
+        return 0
+    lines = text.splitlines()[body[0].lineno - 1 : function.end_lineno]
+    return sum(bool(line.strip()) and not line.strip().startswith("#") for line in lines)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_functions_are_short(path):
+    text = path.read_text("utf-8")
+    functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
+    long = {f.name: n for f in functions if (n := lines_of_code(f, text)) > 25}
+    assert not long
 
 
 def faults_of(tree: ast.AST):

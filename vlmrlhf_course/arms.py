@@ -18,14 +18,17 @@ from .base.settings import UserError
 
 # %% ../nbs/91b_arms.ipynb #arms
 class Arms:
-    """Arms of a run that train side by side, each in a process of its own, which ends with this.
+    """Stages of a run that are made side by side, each in a process of its own, which ends with
+    this. One starts as soon as the stages are there that it needs.
 
-    One progress bar over all: every arm writes a row of metrics for each of its iterations."""
+    One progress bar over all that sample: each writes a row of metrics for every iteration."""
 
     def __init__(self, run, verbs: dict[str, str], needs: dict[str, set[str]], options: list[str]):
         self.run, self.verbs, self.needs, self.options = run, verbs, needs, options
-        self.waiting = [arm for arm in verbs if not (run.path(arm) / "done.json").is_file()]
-        self.logs = [run.path(arm) / "metrics.jsonl" for arm in self.waiting]
+        self.waiting = [name for name in verbs if not self.done(name)]
+        counted = [name for name in self.waiting if "iterations" in run.used[name]]
+        self.logs = [run.path(name) / "metrics.jsonl" for name in counted]
+        self.total = sum(run.used[name]["iterations"] for name in counted)
         self.running = {}
 
     def __enter__(self):
@@ -36,23 +39,38 @@ class Arms:
             child.terminate()
             child.wait()
 
-    def start(self, at_once: int, missing: set[str] = frozenset()):
-        "Start arms that need nothing that is still `missing`, as many as may train at once."
-        _take_leave(self.run, self.running)
-        ready = [arm for arm in self.waiting if not self.needs[arm] & missing]
-        for arm in ready[: at_once - len(self.running)]:
-            self.waiting.remove(arm)
-            self.running[arm] = _start_arm(self.run, self.verbs[arm], arm, self.options)
+    def done(self, name: str) -> bool:
+        return (self.run.path(name) / "done.json").is_file()
+
+    def ready(self) -> list[str]:
+        "Those that wait, and need nothing that is not there."
+        return [name for name in self.waiting if all(map(self.done, self.needs[name]))]
+
+# %% ../nbs/91b_arms.ipynb #arms-start
+@patch
+def take(self: Arms, names: list[str]) -> str | None:
+    "The first of these that is ready: whoever asks makes it. None where there is none."
+    name = next((name for name in self.ready() if name in names), None)
+    if name:
+        self.waiting.remove(name)
+    return name
+
+
+@patch
+def start(self: Arms, at_once: int):
+    "Start what is ready, as many as may be made at once."
+    _take_leave(self.run, self.running)
+    for name in self.ready()[: at_once - len(self.running)]:
+        self.waiting.remove(name)
+        self.running[name] = _start_arm(self.run, self.verbs[name], name, self.options)
 
 # %% ../nbs/91b_arms.ipynb #arms-finish
 @patch
 def finish(self: Arms, at_once: int):
-    "Train all that are left. Raises UserError with what one has said that stopped."
+    "Make all that are left. Raises UserError with what one has said that stopped."
     from vlmrlhf_course.base.metrics import progress
 
-    left = [*self.waiting, *self.running]
-    total = sum(self.run.used[arm].get("iterations", 0) for arm in left)
-    bar = progress(range(total), "arms")
+    bar = progress(range(self.total), "arms")
     while self.waiting or self.running:
         self.start(at_once)
         bar.n = sum(map(_rows, self.logs))

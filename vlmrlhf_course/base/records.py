@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MOST_PIXELS', 'digest', 'digest_of', 'digest_of_records', 'known_digest', 'sum_of', 'read_jsonl',
-           'parse_record', 'read_picture']
+           'parse_record', 'read_picture', 'on_white']
 
 # %% ../../nbs/96b_records.ipynb #imports
 import hashlib
+import io
 import json
 import os
 import warnings
@@ -134,11 +135,11 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MOST_PIXELS = 2**26
 
 
-def read_picture(path: str | Path) -> Image.Image:
-    """A picture file as RGB, upright; from a regular file only.
-
-    Raises OSError, ValueError and what else Pillow has in stock."""
-    with open_regular(path) as f, warnings.catch_warnings():
+def read_picture(source: str | Path | bytes) -> Image.Image:
+    """A picture as RGB, upright, on white where it is transparent; from a regular file, or a file's
+    bytes. Raises OSError, ValueError and what else Pillow has in stock."""
+    file = io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)
+    with file as f, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
         with Image.open(f, formats=FORMATS) as img:
             if img.width * img.height > MOST_PIXELS:
@@ -147,4 +148,13 @@ def read_picture(path: str | Path) -> Image.Image:
             upright = ImageOps.exif_transpose(img)
     if upright.mode[0] == "I":
         upright = upright.convert("I").point(lambda v: v / 256)  # 16 bits of grey
-    return upright.convert("RGB")
+    return on_white(upright)
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    "As RGB, and as a viewer shows it: colours under what is transparent are not to be seen."
+    if picture.mode[-1] not in "Aa" and "transparency" not in picture.info:
+        return picture.convert("RGB")
+    clear = picture.convert("RGBA")
+    white = Image.new("RGBA", clear.size, "white")
+    return Image.alpha_composite(white, clear).convert("RGB")

@@ -44,7 +44,10 @@ class Run:
         self.skipped = {} if skip_bad else None  # records left out: place → fault
         self.folder, self.scale, self.seed = Path(folder), scale, seed
         self.source, self.kept = None, {}  # where data comes from; results that are loaded
+        self.built = {}  # configurations: a stage is asked for hundreds of times
+        self.observers = ()  # each is called after an arm's iteration: (arm, step, **its figures)
         self.cost = dict  # () → what a report says besides: what the run has cost
+        self.code = dict  # () → whose functions ran in the library's place: see `--impl`
         self.layers = load_layers(scale, overrides) if layers is None else layers
         around = environment()
         self.used = {"seed": seed} | ({"environment": around} if around else {})
@@ -53,21 +56,31 @@ class Run:
         "The configuration of a section; what it does not say it inherits from section `base`."
         values = merge_sections(self.layers.get(base) or {}, self.layers.get(name) or {})
         values = {key: value for key, value in values.items() if key not in META}
-        cfg = build_config(cls, values, name)
+        known = (cls, name, repr(values))
+        if known not in self.built:
+            self.built[known] = build_config(cls, values, name)
+        cfg = self.built[known]
         kind = {} if base in (None, name) else dict(kind=base)  # two may have the same settings
         self.used[name] = asdict(cfg) | kind | self.edits(name)
         return cfg
 
-    def path(self, stage: str) -> Path:
-        return self.folder / stage
+# %% ../../nbs/90_runs.ipynb #run-paths
+@patch
+def path(self: Run, stage: str) -> Path:
+    return self.folder / stage
 
-    def uses(self, *sections: str) -> dict:
-        "What a stage depends on: the seed, these sections, and what of the environment counts."
-        names = [name for name in ("seed", "environment", *sections) if name in self.used]
-        return {name: self.used[name] for name in names}
 
-    def info(self, stage: str) -> dict:
-        return read_record(self.path(stage) / "done.json")
+@patch
+def uses(self: Run, *sections: str) -> dict:
+    "What a stage depends on: the seed, these sections, and what of the environment counts."
+    names = [name for name in ("seed", "environment", *sections) if name in self.used]
+    return {name: self.used[name] for name in names}
+
+# %% ../../nbs/90_runs.ipynb #run-info
+@patch
+def info(self: Run, stage: str) -> dict:
+    "The record of a finished stage."
+    return read_record(self.path(stage) / "done.json")
 
 # %% ../../nbs/90_runs.ipynb #run-done
 @patch
@@ -283,16 +296,16 @@ def _sealing_file(folder, name) -> str:
     return f"{name}/{MANIFEST}" if (folder / name).is_dir() else name
 
 # %% ../../nbs/90_runs.ipynb #course-run
-def cached_run(scale: str = "lesson", **kwargs) -> Run:
+def cached_run(scale: str = "lesson", defaults: dict | None = None, **kwargs) -> Run:
     """The run that the chapters share, in the user's cache.
 
-    One chapter makes it, the next ones read it."""
+    One chapter makes it, the next ones read it. Other `defaults` of the stages, another folder."""
     keep_memory()
     base = home(os.environ.get("VLMRLHF_CACHE") or load_settings().cache, "cache")
     pretrained = Path(str(files("vlmrlhf_course") / "pretrained"))
     parts = sorted(str(p) for p in pretrained.rglob("*.safetensors"))
     # New pretrained parts, new artefacts.
     made_of = [hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in parts]
-    decisive = [version("vlmrlhf_course"), "kinds", made_of, load_layers(scale), kwargs]
+    decisive = [version("vlmrlhf_course"), defaults, made_of, load_layers(scale), kwargs]
     text = json.dumps(decisive, sort_keys=True, default=str)
     return Run(base / f"{scale}-{hashlib.sha256(text.encode()).hexdigest()[:8]}", scale, **kwargs)

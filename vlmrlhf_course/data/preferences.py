@@ -244,7 +244,8 @@ def given_pairs(task: Task, split: str) -> list[dict] | None:
     pairs = source.pairs(split)
     if pairs is None:
         return None
-    return check_given(pairs, split, type(source).__name__, task.needed["sft"])
+    name, vlm = type(source).__name__, task.needed["sft"]
+    return check_given(pairs, split, name, vlm, task.run.skipped)
 
 # %% ../../nbs/04b_preferences.ipynb #stage-load
 def load_preferences(task: Task, built) -> tuple[list[dict], list[dict]]:

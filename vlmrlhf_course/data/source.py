@@ -23,8 +23,8 @@ class Source(Protocol):
     def prompts(self, split: str, n: int, kinds: dict[str, float], seed: int | str) -> list[Prompt]:
         "`n` prompts of a split, in a mixture of kinds; the same for the same seed."
 
-    def demonstrations(self, cfg, seed: int, faithful: bool) -> Callable[[int], list[Prompt]]:
-        "step → a batch of prompts with the answers that SFT imitates; `faithful` ones for stage 1."
+    def demonstrations(self, cfg, seed: int, faithful: bool) -> Callable | None:
+        "step → prompts with answers for SFT; `faithful` ones for stage 1; None: there are none."
 
     def pairs(self, split: str) -> list[dict] | None:
         "Pairs that people have made; None: sample answers, and `rank` them."

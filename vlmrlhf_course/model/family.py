@@ -4,18 +4,23 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'SQUARE', 'EVERY_PATCH', 'ABOUT_TEXT', 'FOLDER', 'FAMILIES', 'tiny_tower', 'tiny_siglip', 'tiny_reader',
-           'word_tokenizer', 'chat_template', 'without_video', 'Parts', 'Vision', 'Chat', 'Reading', 'Families',
-           'Family', 'family_of', 'tiny_model', 'Llava']
+           'word_tokenizer', 'chat_template', 'without_video', 'load_processor', 'Parts', 'Vision', 'Chat', 'Reading',
+           'Families', 'Family', 'family_of', 'tiny_model', 'Llava']
 
 # %% ../../nbs/93_families.ipynb #imports
 import importlib
+import importlib.util
 import pkgutil
+import re
 from collections.abc import Mapping
 import torch
 import transformers as T
+from fastcore.basics import patch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from ..base.settings import UserError, nearest
+from ..data.prompts import messages_of
 from .batch import Pictures
 
 # %% ../../nbs/93_families.ipynb #tiny-parts
@@ -93,12 +98,20 @@ def chat_template(mark: str) -> str:
 def without_video(cls: type) -> type:
     "The same processor class, content to have no video processor: that one needs torchvision."
 
-    def check(self, name, value):
-        if name == "video_processor":
-            return value
-        return cls.check_argument_for_proper_class(self, name, value)
+    def attributes():
+        return [name for name in cls.get_attributes() if name != "video_processor"]
 
-    return type(cls.__name__, (cls,), dict(check_argument_for_proper_class=check))
+    return type(cls.__name__, (cls,), dict(get_attributes=staticmethod(attributes)))
+
+
+def load_processor(path, kind: str, **how):
+    """The processor of a checkpoint of a `model_type`; where torchvision is not installed, for
+    pictures alone."""
+    cls = getattr(T, PROCESSOR_MAPPING_NAMES.get(kind) or "", None)
+    films = cls is not None and "video_processor" in cls.get_attributes()
+    if films and importlib.util.find_spec("torchvision") is None:
+        return without_video(cls).from_pretrained(path, **how)
+    return T.AutoProcessor.from_pretrained(path, **how)
 
 # %% ../../nbs/93_families.ipynb #parts
 class Parts:
@@ -178,13 +191,15 @@ class Chat:
         found = {getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")}
         return found - {None}
 
-    def wording(self, processor, text: str, pictures: int) -> str:
-        "The question as the processor wants it, with a mark for each picture."
+    def wording(self, processor, text, pictures: int) -> str:
+        "The question (see `Prompt.text`) as the processor wants it, a mark for each picture."
+        turns = [] if isinstance(text, str) else messages_of(text, pictures)
+        if not turns:
+            turns = [{"role": "user", "content": self.content(processor, text, pictures)}]
         if processor.chat_template is None:
-            return processor.image_token * pictures + text
-        content = [{"type": "image"}] * pictures + [{"type": "text", "text": text}]
-        turn = {"role": "user", "content": content}
-        return processor.apply_chat_template([turn], add_generation_prompt=True)
+            said = [piece["text"] for piece in turns[-1]["content"] if "text" in piece]
+            return processor.image_token * pictures + " ".join(said)
+        return processor.apply_chat_template(turns, add_generation_prompt=True)
 
     def prompt(self, model, processor, text: str, images: list) -> tuple:
         "Tokens of a question, a placeholder for each vector; positions (3, P), or None: count."
@@ -198,6 +213,28 @@ class Chat:
             add_special_tokens=not begun,
         )
         return inputs["input_ids"][0].tolist(), self.positions(model, inputs)
+
+# %% ../../nbs/93_families.ipynb #chat-marks
+@patch
+def marks(self: Chat, processor) -> list[str]:
+    "How a question may say where a picture belongs: as LLaVA's data do, or in its own way."
+    return ["<image>", processor.image_token]
+
+
+@patch
+def content(self: Chat, processor, text: str, pictures: int) -> list[dict]:
+    "Pictures and text in their order: where the question has marks, or all pictures first."
+    known = sorted({*self.marks(processor)}, key=len, reverse=True)
+    texts = re.split("|".join(map(re.escape, known)), text)
+    if len(texts) == 1:
+        return [{"type": "image"}] * pictures + [{"type": "text", "text": text}]
+    if len(texts) != pictures + 1:
+        raise UserError(
+            f"the question has {len(texts) - 1} marks such as {known[0]}, and {pictures} "
+            "pictures; give as many, or write the mark another way"
+        )
+    found = [[{"type": "image"}, {"type": "text", "text": part.strip()}] for part in texts]
+    return [piece for piece in sum(found, [])[1:] if piece.get("text") != ""]
 
 # %% ../../nbs/93_families.ipynb #reading
 class Reading:

@@ -155,6 +155,7 @@ def training_figure(curves: dict[str, list[dict]]) -> Figure:
 # %% ../../nbs/11b_report.ipynb #table
 COLUMNS = {  # figure → its column in the page, and in a terminal
     "chair_i": ("false mentions (CHAIR_i)", "CHAIR_i"),
+    "below_sft": ("… below SFT's at the same temperature", "below"),
     "repeats": ("repeats", "repeats"),
     "recall": ("recall", "recall"),
     "attribute_error": ("attribute errors", "attr."),
@@ -166,6 +167,7 @@ COLUMNS = {  # figure → its column in the page, and in a terminal
     "pope_accuracy": ("POPE accuracy", "POPE"),
     "pope_yes_rate": ("POPE yes-rate", "yes"),
     "reward": ("learned reward", "reward"),
+    "wins": ("wins against SFT, by the reward model", "wins"),
     "true_score": ("true score", "true"),
     "kl": ("KL", "KL"),
     "iterations": ("iterations", "iter."),
@@ -175,23 +177,24 @@ COLUMNS = {  # figure → its column in the page, and in a terminal
 def row_names(labels: dict[str, str]) -> dict[str, str]:
     "What the rows of the table are called: SFT's, then the arms' by their labels."
     ours = dict(sft="SFT", sft_greedy="SFT, greedy", sft_blank="SFT, picture blanked")
-    names = ours | dict(best_of_n="best of n")
+    names = ours | dict(sft_cooled="SFT, cooled to the headline's KL", best_of_n="best of n")
     for arm, label in labels.items():
         names |= {arm: label, f"{arm}_greedy": f"{label}, greedy"}
     return names
 
 # %% ../../nbs/11b_report.ipynb #table-text
 def cell_text(row: dict, column: str) -> str:
-    "A figure as the report prints it; CHAIR_i with half the width of its 95 % interval."
+    "A figure as the report prints it; CHAIR_i and what it gains with half their 95 % intervals."
     value = row.get(column)
     if value is None:
         return ""
     if isinstance(value, int):
         return str(value)
     text = f"{value:.3f}" if value < 1 else f"{value:.2f}"
-    if column != "chair_i":
+    interval = row.get("intervals", {}).get(column)
+    if column not in ("chair_i", "below_sft") or not interval:
         return text
-    low, high = row["intervals"][column]
+    low, high = interval
     return f"{text} ± {(high - low) / 2:.3f}"
 
 

@@ -168,7 +168,7 @@ def evaluate(task: Task) -> dict:
     curves = training_curves(run, cfg)  # a damaged log is found before hours of computing
     begin_evaluation(run, task.uses)
     who = Policies(needed["sft"], needed["reward"], {a: needed[a] for a in cfg.arms}, cfg.headline)
-    result, said, prompts = compare(who, run.source, cfg, run.seed)
+    result, said, prompts = compare(who, run.source, cfg)
     for arm in cfg.arms:
         for row in (arm, f"{arm}_greedy"):
             result[row]["iterations"] = budget(run, arm)
@@ -193,7 +193,7 @@ def write_report(run: Run, uses: dict, found: Findings, plots: dict[str, Figure]
     for name, data in written.items():
         run.write(run.folder / name, data, "evaluate")
     sealed = ("../before_after.png", "../report.html")
-    run.finish("evaluate", uses, sealed, figures=figures_digest(result))
+    run.finish("evaluate", uses, sealed, figures=figures_digest(result), **run.code())
 
 # %% ../../nbs/11c_record.ipynb #stage-table
 def before_evaluation(cfg: EvaluateConfig) -> tuple[str, ...]:

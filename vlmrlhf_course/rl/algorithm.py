@@ -147,7 +147,9 @@ def read_answers(rm: RewardModel, roll: Rollout, at_once: int) -> Reading:
         return map(batch.rows, reading.groups)  # made anew each time: features are large
 
     def reference(b: Batch) -> torch.Tensor:
-        return token_logprobs(vlm.rule_out(vlm.answer_logits(b)), b.answers, roll.temperature)
+        logits = vlm.rule_out(vlm.answer_logits(b))
+        logprobs = token_logprobs(logits, b.answers, roll.temperature)
+        return torch.where(b.answer_mask, logprobs, 0.0)  # else −10³⁸: padding is ruled out
 
     A = batch.answers.shape[1]
     reading.ref = reading.whole([reference(b) for b in parts()], A)
@@ -203,14 +205,16 @@ class Algorithm(nn.Module):
         raise NotImplementedError
 
     def groups(self) -> list[ParamGroup]:
-        "Trained weights with their peak rates; factors on these (step → factor), default: phases."
+        "Trained weights: peak rate and schedule of each. (A role's own default is constant.)"
         return [self.actor.group(self.cfg.actor_lr, lambda step: phase(step, self.cfg)[1])]
 
     def policy(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        "Log-probabilities (B, A) of the answers under the actor, and its entropy (B, A)."
+        "Log-probabilities (B, A) of the answers under the actor, 0 at padding; and entropy (B, A)."
         logits = self.vlm.rule_out(self.vlm.answer_logits(batch, self.actor.name))
-        shown = torch.distributions.Categorical(logits=logits.detach(), validate_args=False)
-        return token_logprobs(logits, batch.answers, self.cfg.temperature), shown.entropy()
+        logprobs = token_logprobs(logits, batch.answers, self.cfg.temperature)
+        warm = logits.detach() / self.cfg.temperature
+        entropy = torch.distributions.Categorical(logits=warm, validate_args=False).entropy()
+        return torch.where(batch.answer_mask, logprobs, 0.0), entropy
 
 # %% ../../nbs/09c_algorithm.ipynb #algorithm-task
 @patch

@@ -79,8 +79,8 @@ def grpo_loss(
     """Clipped surrogate and k3, token by token.
 
     Source: Shao et al. 2024 (DeepSeekMath), eq. 3 and 4."""
-    # What stands at padding must go before exp, not after: 0 · ∞ is no number.
     three = (logprobs, old_logprobs.detach(), ref_logprobs.detach())
+    # What stands at padding must go before exp, not after: 0 · ∞ is no number.
     now, old, ref = (x.masked_fill(~mask, 0.0) for x in three)
     ratio, adv = torch.exp(now - old), advantages.detach()
     losses = torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - clip, 1 + clip))

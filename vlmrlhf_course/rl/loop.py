@@ -10,6 +10,7 @@ __all__ = ['collect', 'token_parts', 'check_shares', 'check_pool', 'ask', 'minib
 import math
 import random
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Callable
 import torch
@@ -22,7 +23,7 @@ from ..base.records import digest_of
 from ..base.settings import UserError, notice
 from ..base.stages import Stage, Task, config_of
 from ..data.prompts import Prompt
-from ..model.roles import ParamGroup, make_optimizer, set_rates
+from ..model.roles import ParamGroup, clip_groups, make_optimizer, set_rates
 from ..model.vlm import Speaker
 from .algorithm import Algorithm, Experience, RLConfig, Reading, phase
 from .algorithm import read_answers
@@ -153,9 +154,7 @@ def update(learner: Learner, exp: Experience, rows: list[int], step: int) -> dic
     cfg, accelerator = learner.algorithm.cfg, learner.accelerator
     items = [(exp, row) for row in rows]
     loss, metrics = backward_through(learner.task, items, cfg.at_once, accelerator, shard=False)
-    # Each group by itself: a critic that is far off must not slow the actor down.
-    norms = [accelerator.clip_grad_norm_(g.params, cfg.grad_clip) for g in learner.groups]
-    norm = float(torch.stack(norms).norm())
+    norm = clip_groups(accelerator, learner.groups, cfg.grad_clip)
     taken = learner.guard(step, loss, norm)
     if taken:
         learner.optimizer.step()
@@ -191,7 +190,8 @@ def iteration(learner: Learner, prompts: list[Prompt], step: int, seed: int = 0)
             updates.append(update(learner, exp, rows, step))
     taken = [metrics for metrics in updates if metrics]
 
-    figures |= dict(phase=phase_name, beta=state.control.beta, emergency=emergency)
+    figures |= dict(phase=phase_name, emergency=emergency)
+    figures |= dict(beta=state.control.beta, beta_charged=beta)
     return figures | dict(skipped=learner.guard.skipped) | mean_of(taken)
 
 # %% ../../nbs/10b_loop.ipynb #loop
@@ -272,7 +272,9 @@ def make_policy(task: Task, algorithm: Algorithm) -> dict:
     run, cfg, source = task.run, task.cfg, task.run.source
     prompts = source.prompts("train", cfg.pool, cfg.kinds, f"ppo/{run.seed}")
     validation = source.prompts("validation", 128, cfg.kinds, f"ppo/{run.seed}")
+    observers = tuple(partial(observe, task.name) for observe in run.observers)
     more = dict(second=task.needed.get(cfg.chosen_by), demonstrations=kept_in_mind(task))
+    more |= dict(observers=observers)
     asked = (prompts, validation)
     state = train(algorithm, scores_of(task), *asked, task.folder, run.seed, **more)
     save_tensors(algorithm.actor.state(), task.folder / "actor.safetensors", task.of)

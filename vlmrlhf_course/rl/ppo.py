@@ -32,8 +32,9 @@ def ppo_policy_loss(
     """Clipped surrogate loss. No gradient flows to old_logprobs or advantages.
 
     Source: Schulman et al. 2017, eq. 7."""
-    ratio = torch.exp(logprobs - old_logprobs.detach())
-    adv = advantages.detach()
+    # What stands at padding must go before exp, not after: 0 · ∞ is no number (chapter 13).
+    log_ratio = (logprobs - old_logprobs.detach()).masked_fill(~mask, 0.0)
+    ratio, adv = torch.exp(log_ratio), advantages.detach()
     return (torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - clip, 1 + clip)) * mask).sum()
 
 
@@ -62,7 +63,7 @@ class PPOConfig(RLConfig):
 
     critic: str = "head"  # on the reward model's states; or `adapter`: on a role of its own
     dense: bool = True  # pay token scores at their tokens: shaping, which leaves the order as it is
-    bootstrap: bool = False  # the critic's value stands for what an answer that was cut off lacks
+    bootstrap: bool = False  # an answer that was cut off gets the critic's value, not a score
     critic_lr: float = 4e-3
     value_clip: float = 0.0  # off: it helps nobody, and a critic that is far off it holds back
     value_coef: float = 0.5
@@ -107,16 +108,19 @@ def experience(self: PPO, roll, reading: Reading, score, dense, beta: float, red
     values, after = self.foreseen(roll, reading)
     rewards = self.token_pay(roll, reading, score, dense, beta)
     advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam, after)
+    _, outcome = gae(rewards, values, mask, cfg.gamma, 1.0, after)
     tokens = dict(logprobs=roll.logprobs, values=values, returns=returns)
     tokens["advantages"] = whiten(advantages, mask, reduce=reduce)
     states = reading.states if cfg.critic == "head" else None
-    figures = dict(explained_variance=explained_variance(values, returns, mask))
+    figures = dict(explained_variance=explained_variance(values, outcome, mask))
     figures["value"] = float(masked_mean(values, mask))
     return Experience(roll.batch, tokens, states), figures
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
-    "Share of the returns' variance that the critic foresaw: 1 all of it, 0 or less nothing."
+    """Share of the returns' variance that the critic foresaw: 1 all of it, 0 or less nothing.
+
+    Give it the returns at λ = 1: those of GAE hold the critic's own values, and flatter it."""
     variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
     return float(1 - masked_mean((returns - values) ** 2, mask) / variance.clamp(min=1e-8))
 
@@ -144,12 +148,13 @@ def foreseen(self: PPO, roll, reading: Reading) -> tuple[torch.Tensor, torch.Ten
 def token_pay(self: PPO, roll, reading: Reading, score, dense, beta: float) -> torch.Tensor:
     """(B, A) The score at the last token, less KL at each; what tokens have earned is paid early.
 
-    That is shaping by a potential, so that it changes no answer's worth (chapter 7)."""
+    That is shaping by a potential, so that it changes no answer's worth (chapter 7). With
+    `bootstrap` nobody scores an answer that was cut off: the critic says what it would get."""
     mask, cfg = roll.batch.answer_mask, self.cfg
+    earned = cfg.reward.get("rm", 0.0) * dense * cfg.dense
+    if cfg.bootstrap:
+        score = torch.where(roll.ended, score, cfg.gamma * earned.sum(1))  # the loan is kept
     rewards = token_rewards(score, beta * kl_estimate(roll.logprobs, reading.ref, "k1"), mask)
-    if not cfg.dense:
-        return rewards
-    earned = cfg.reward.get("rm", 0.0) * dense
     return rewards + potential_shaping(earned.cumsum(1) - earned, mask, cfg.gamma)
 
 # %% ../../nbs/10_ppo.ipynb #task-2

@@ -52,10 +52,11 @@ def reward(name: str):
 # %% ../../nbs/09b_rewards.ipynb #names
 # What the metrics hold besides the means of rewards. (`length` is a reward, and the same figure.)
 FIGURES = frozenset(
-    "step phase beta emergency skipped validation reward reward_std reward_min reward_max score "
-    "score_std true_score ended kl kl_std kl_max kl_token unique perplexity explained_variance "
-    "flat_groups loss grad_norm policy_loss value_loss value entropy clipped anchor second_opinion "
-    "second_opinion_error kl_grounded kl_prior kl_grounded_share".split()
+    "step phase beta beta_charged emergency skipped validation validation_kl reward "
+    "reward_std reward_min reward_max score score_std true_score ended kl kl_std kl_max "
+    "kl_token unique perplexity explained_variance flat_groups loss grad_norm policy_loss "
+    "value_loss value entropy clipped anchor second_opinion second_opinion_error kl_grounded "
+    "kl_prior kl_grounded_share".split()
 )
 
 RAW = "_raw"  # … and the mean of a reward without the schedule that makes it grow
@@ -87,7 +88,7 @@ def hallucination_penalty(judges: Judges, roll: Rollout, texts: list[str], step:
 
 @reward("oracle")
 def oracle_penalty(judges: Judges, roll: Rollout, texts: list[str], step: int):
-    "(B,) The same points by the truth itself: an upper bound, which no real run has."
+    "(B,) The same points by the truth itself: what a detector without errors would give."
     return penalty_points(judges, "oracle", judges.source, roll, texts, step)
 
 

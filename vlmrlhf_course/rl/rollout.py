@@ -104,13 +104,14 @@ def drop_finished(run: Running, token: torch.Tensor) -> torch.Tensor:  # tokens 
 def read_token(vlm: VLM, run: Running, token: torch.Tensor, role: str | None):
     "One token through the language model; the cache stands for all before it."
     language = vlm.parts(role)[0]
-    run.hidden = language(
-        inputs_embeds=language.get_input_embeddings()(token),
-        attention_mask=run.mask,
-        position_ids=run.at,
-        past_key_values=run.cache,
-        use_cache=True,
-    ).last_hidden_state
+    with vlm.computing():
+        run.hidden = language(
+            inputs_embeds=language.get_input_embeddings()(token),
+            attention_mask=run.mask,
+            position_ids=run.at,
+            past_key_values=run.cache,
+            use_cache=True,
+        ).last_hidden_state
 
 # %% ../../nbs/09_rollout.ipynb #sample-loop
 def generate_tokens(

@@ -76,7 +76,7 @@ class DPOTask(nn.Module):
 
     def logprobs(self, batch: Batch, role: str | None) -> torch.Tensor:
         "(B,) of whole answers."
-        logits = self.vlm.rule_out(self.vlm.answer_logits(batch, role))
+        logits = self.vlm.rule_out(self.vlm.answer_logits(batch, role), batch.answers)
         return (token_logprobs(logits, batch.answers) * batch.answer_mask).sum(1)
 
     def forward(self, batch):

@@ -50,7 +50,7 @@ CLASSES = dict(  # what is asked of a cell → the answers; `none` where there i
 UNASKED = -100  # `cross_entropy` leaves it out
 
 
-def labels_of(scene: Scene) -> torch.Tensor:  # (9, 7), and (9, 7) at the place: see PLACE
+def labels_of(scene: Scene) -> torch.Tensor:  # (9, 7)
     "For each cell the index of the right answer to each question of CLASSES."
     labels = torch.full((9, len(CLASSES)), UNASKED)
     labels[:, 0] = 0  # an empty cell: no noun, and nothing else is asked
@@ -190,7 +190,8 @@ def precision_recall(seen: list[Scene], true: list[Scene]) -> dict[str, dict[str
             found[kind] += len(a[kind])
             there[kind] += len(b[kind])
     precision = {kind: hits[kind] / max(1, n) for kind, n in found.items()}
-    return dict(precision=precision, recall={kind: hits[kind] / n for kind, n in there.items()})
+    recall = {kind: hits[kind] / n for kind, n in there.items() if n}  # of nothing: no share
+    return dict(precision=precision, recall=recall)
 
 # %% ../../nbs/06c_detector.ipynb #stage
 def labelled(task: Task, split: str, n: int) -> list[Prompt]:

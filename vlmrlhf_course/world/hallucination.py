@@ -71,6 +71,6 @@ def pope(
     scenes: list[Scene],
     kind: str = "adversarial",
     role: str | None = None,
-) -> dict[str, float]:  # accuracy, precision, recall, f1, yes_rate
+) -> dict[str, float]:  # accuracy, precision, recall, f1, yes_rate, answered
     "Greedy answers to POPE's questions."
     return quiz(vlm, pope_questions(scenes, kind), role)

@@ -33,7 +33,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 class VLMConfig:
     """Sizes of the tiny VLM.
 
-    `initializer` is far above the usual 0.02: at these widths 0.02 stalls learning."""
+    `initializer` is far above the usual 0.02, which stalled learning in our trials."""
 
     image_size: int = 96
     patch: int = 32

@@ -107,7 +107,8 @@ def rubric(
     text: str,  # the answer to score
 ) -> dict[str, float]:  # accuracy, completeness, relevance, fluency, each in [0, 1]
     "Score an answer against the truth."
-    if prompt.kind not in ("detail", "brief"):
+    described = prompt.kind in ("detail", "brief")
+    if not described:
         right = float(_said(text) == _said(prompt.answer))
         short = 0 < len(text.split()) <= 1.5 * len(prompt.answer.split())
         return dict(

@@ -83,6 +83,9 @@ class Gemma3(LooksAhead, kind="gemma3"):
 
     end = "<end_of_turn>"
 
+    def marks(self, processor):
+        return [*super().marks(processor), processor.boi_token]
+
     def token_types(self, model, batch):
         "(B, L): 1 at pictures."
         return (batch.input_ids == model.config.image_token_id).long()

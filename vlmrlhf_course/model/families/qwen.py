@@ -21,6 +21,10 @@ class Qwen(Family):
     def side(self, config):
         return 96  # any will do
 
+    def marks(self, processor):
+        own = processor.image_token
+        return [*super().marks(processor), f"<|vision_start|>{own}<|vision_end|>"]
+
     def encode(self, model, inputs):
         # The tower works in windows, and restores the order behind the merger. If the merger
         # passes on what it reads, the order of that is restored.

@@ -81,6 +81,9 @@ class InternVL(Family, kind="internvl"):
 
     uniform = False
 
+    def marks(self, processor):
+        return [*super().marks(processor), f"<img>{processor.image_token}</img>"]
+
     def side(self, config):
         return config.vision_config.image_size[0]
 
