@@ -74,7 +74,7 @@ def shake(vlm, role, std=0.3):
     generator = torch.Generator().manual_seed(1)
     for name, w in vlm.roles[role].weights().items():
         if "lora_A" not in name:
-            w.data.add_(torch.randn(w.shape, generator=generator) * std)
+            w.data.add_((torch.randn(w.shape, generator=generator) * std).to(w))
 
 
 def full(vlm, prompts):

@@ -146,7 +146,8 @@ def _why(folder, status, lines):
     said = [line for line in lines if line.startswith("vlmrlhf: ")]
     if status == 2 and said:
         return said[-1].removeprefix("vlmrlhf: ")
-    stopped = f"{folder}: training stopped with status {status}; see stderr.log there"
+    last = "".join(f" ({line[:200]})" for line in lines[-1:])
+    stopped = f"{folder}: training stopped with status {status}{last}; see stderr.log there"
     return f"{stopped}. The same command continues from the last checkpoint"
 
 

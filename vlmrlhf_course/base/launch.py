@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COUNTING', 'LAUNCHED', 'SILENT', 'BEAT', 'SILENCE', 'environment', 'LostPeer', 'Peers', 'peers', 'share', 'leave',
-           'make_accelerator', 'together', 'lost_peer', 'keep_memory']
+           'make_accelerator', 'own_device', 'together', 'lost_peer', 'keep_memory']
 
 # %% ../../nbs/97_launch.ipynb #imports
 import atexit
@@ -248,6 +248,11 @@ def make_accelerator() -> Accelerator:
         said = " ".join(str(e).split())[:160]
         fault = f"accelerate refuses what the environment says ({set_here}): {said}"
         raise UserError(f"{fault}; unset what is wrong") from None
+
+
+def own_device() -> torch.device:
+    "Where this process computes: its GPU, or the CPU. Models are loaded there, and stay there."
+    return make_accelerator().device
 
 # %% ../../nbs/97_launch.ipynb #acc-2
 def together():

@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForImageTextToText, GenerationConfig
 from ..base.checkpoints import load_model, reading, save_folder
+from ..base.launch import own_device
 from ..base.settings import UserError, notice
 from ..data.prompts import Prompt, Turn, open_image, picture_key
 from ..data.prompts import picture_size, references
@@ -94,14 +95,17 @@ def computing(self: VLM):
 
 # %% ../../nbs/02c_vlm.ipynb #vlm-load
 def load_vlm(path: str | Path, trust_remote_code: bool = False, **settings) -> VLM:
-    """Load model and processor from `save_vlm`'s folder or any image-text-to-text checkpoint;
-    `settings`, such as `dtype`, are those of `from_pretrained`.
+    """Load model and processor from `save_vlm`'s folder or any image-text-to-text checkpoint, onto
+    this process's GPU where it has one; `settings`, such as `dtype`, are `from_pretrained`'s.
 
     Raises FileNotFoundError or UserError where there is no whole one."""
     if not (Path(path) / "config.json").is_file():
         raise FileNotFoundError(
             f"{path}: no config.json there; give a folder with a saved vision-language model"
         )
+    device = own_device()
+    if device.type != "cpu":
+        settings = dict(device_map={"": device}) | settings
     model = load_model(AutoModelForImageTextToText, path, trust_remote_code, **settings)
     with reading(path, "take the model's own processor"):
         how = dict(backend="pil", trust_remote_code=trust_remote_code)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOUR_NAMES', 'CLASSES', 'UNASKED', 'DetectorConfig', 'labels_of', 'Detector', 'detect', 'DetectorTask',
-           'pictures_of', 'SeenBy', 'claims_of', 'precision_recall', 'labelled', 'make_detector', 'load_detector']
+           'pictures_of', 'SeenBy', 'claims_of', 'precision_recall', 'labelled', 'make_detector', 'build_detector',
+           'load_detector']
 
 # %% ../../nbs/06c_detector.ipynb #imports
 import random
@@ -224,6 +225,12 @@ def make_detector(task: Task, detector: Detector) -> dict:
     return figures
 
 # %% ../../nbs/06c_detector.ipynb #stage-table
+def build_detector(task: Task) -> Detector:
+    "A new detector, beside the tower that it looks through."
+    vlm = task.needed["sft"]
+    return Detector(vlm.vision_width, task.cfg.width).to(vlm.device)
+
+
 def load_detector(task: Task, detector: Detector) -> SeenBy:
     "The detector, frozen, with the eyes that it looks through."
     file = task.folder / "detector.safetensors"
@@ -234,7 +241,7 @@ def load_detector(task: Task, detector: Detector) -> SeenBy:
 STAGES["detector"] = Stage(
     DetectorConfig,
     needs=lambda cfg: ("sft",),
-    build=lambda task: Detector(task.needed["sft"].vision_width, task.cfg.width),
+    build=build_detector,
     make=make_detector,
     load=load_detector,
     files=("detector.safetensors", "metrics.jsonl"),

@@ -21,6 +21,7 @@ from transformers import LlavaForConditionalGeneration, SiglipVisionModel
 from ..base.checkpoints import clear_checkpoints, load_model, save_folder
 from ..base.files import sealed_as, sweep, write_known
 from ..base.folders import RUN, claim, lock, unlock
+from ..base.launch import own_device
 from ..base.metrics import seed_of
 from ..base.records import digest_of, read_jsonl
 from ..base.settings import UserError, alone
@@ -299,4 +300,5 @@ def pretrained_vlm(seed: int = 0) -> VLM:
     vlm.language.load_state_dict(language.model.state_dict())
     vlm.model.lm_head.load_state_dict(language.lm_head.state_dict())
     vlm.tower.requires_grad_(False)
+    vlm.model.to(own_device())
     return vlm
