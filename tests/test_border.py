@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as T
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
-from report_models import COPY, LORA, full, make, prompts, shake  # noqa: F401 (fixture)
+from report_models import COPY, DEVICE, LORA, full, make, prompts, shake  # noqa: F401 (fixture)
 from torch.testing import assert_close
 
 from vlmrlhf_course.base.settings import UserError
@@ -34,7 +34,7 @@ def tuned(kind="llava", name="sft", **more):
     torch.manual_seed(1)
     model.add_adapter(config, name)
     model.set_adapter(name)
-    return model, processor
+    return model.to(DEVICE), processor
 
 
 def merged_by_peft(model, processor):

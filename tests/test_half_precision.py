@@ -4,7 +4,8 @@ policy that samples is the policy that is trained."""
 import pytest
 import torch
 from peft import PeftModel
-from report_models import ANSWERS, COPY, LORA, full, make, prompts, shake  # noqa: F401 (fixture)
+from report_models import ANSWERS, COPY, DEVICE, LORA, full, make, shake
+from report_models import prompts  # noqa: F401 (fixture)
 from small_models import experience_of, loss_of
 from torch.testing import assert_close
 
@@ -171,7 +172,7 @@ def test_a_role_comes_and_goes(kind, dtype, prompts, tmp_path):
 
     save_adapter(vlm, "actor", tmp_path / "adapter", tmp_path / "trunk")
     model = type(vlm.model).from_pretrained(tmp_path / "trunk")
-    model = PeftModel.from_pretrained(model, tmp_path / "adapter").get_base_model()
+    model = PeftModel.from_pretrained(model, tmp_path / "adapter").get_base_model().to(DEVICE)
     loaded = VLM(model.requires_grad_(False), vlm.processor)
     loaded.roles["default"] = Role("default", loaded.language)
     # peft rounds an adapter to its trunk's type while it loads it
@@ -197,4 +198,4 @@ def test_a_model_in_half_precision_is_saved_as_such(role, prompts, tmp_path):
     with torch.no_grad():
         # `to` has rounded the frequencies of positions, too; loading does not
         want = vlm.answer_logits(batch, role)
-        assert_close(again.answer_logits(batch), want, atol=5e-3, rtol=1e-2)
+        assert_close(again.answer_logits(batch), want, atol=1e-2, rtol=1e-2)

@@ -23,8 +23,8 @@ from vlmrlhf_course.data.prompts import (
     picture_size,
     references,
 )
-from vlmrlhf_course.model.family import FAMILIES, tiny_model
-from vlmrlhf_course.model.vlm import answer, load_vlm, save_vlm
+from vlmrlhf_course.model.family import tiny_model
+from vlmrlhf_course.model.vlm import answer
 from vlmrlhf_course.report import evaluate
 from vlmrlhf_course.rl.rollout import sample
 from vlmrlhf_course.train.fit import FitConfig
@@ -336,38 +336,6 @@ def test_claims_however_they_are_spelled():
     about = Prompt("detail", "describe the picture .", "", f"scene:{sample_scenes(1)[0]}")
     found = world.judge(about, ", ".join(f"{noun}s" for noun in there))
     assert scene and set(found.true_objects) == there and not found.false_objects
-
-
-# --- folders that others have published -------------------------------------------------------
-
-
-@pytest.mark.parametrize("old", [True, False], ids=["preprocessor_config", "as saved"])
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_a_published_folder_loads(kind, old, prompts, tmp_path):
-    "Also without torchvision, which processors of films need; and what was loaded can be saved."
-    model, processor = tiny_model(kind)
-    folder = tmp_path / "published"
-    model.save_pretrained(folder)
-    if old and hasattr(processor, "video_processor"):
-        processor.tokenizer.save_pretrained(folder)
-        kept = processor.image_processor.to_dict()
-        name = kept["image_processor_type"].removesuffix("Pil")
-        kept |= dict(image_processor_type=name, processor_class=type(processor).__name__)
-        (folder / "preprocessor_config.json").write_text(json.dumps(kept))
-        (folder / "chat_template.jinja").write_text(processor.chat_template)
-        if kind == "internvl":
-            rest = dict(image_seq_length=4, processor_class="InternVLProcessor")
-            (folder / "processor_config.json").write_text(json.dumps(rest))
-    else:
-        processor.save_pretrained(folder)
-    vlm, want = load_vlm(folder), make(kind)
-    batch = want.batch(prompts, ["a red cat .", "no ."])
-    save_vlm(vlm, tmp_path / "again")
-    for loaded in (vlm, load_vlm(tmp_path / "again")):
-        assert loaded.prompt_ids(prompts[0]) == want.prompt_ids(prompts[0])
-        ours = loaded.batch(prompts, ["a red cat .", "no ."])
-        with torch.no_grad():
-            torch.testing.assert_close(loaded.answer_logits(ours), want.answer_logits(batch))
 
 
 # --- degenerate statistics --------------------------------------------------------------------

@@ -172,13 +172,13 @@ def inherited() -> dict | None:
 # %% ../nbs/91_cli.ipynb #run-all
 def run_all(run, args) -> dict:
     "Every stage in order; prints the table and where the report is."
-    from vlmrlhf_course.base.launch import share
+    from vlmrlhf_course.base.launch import share, side_by_side
     from vlmrlhf_course.base.stages import config_of, uses_of
     from vlmrlhf_course.pipeline import obtain
     from vlmrlhf_course.report.page import text_table
     from vlmrlhf_course.report.record import finished_report, report_names
 
-    start, jobs = time.time(), min(2, os.cpu_count() or 1)
+    start, jobs = time.time(), side_by_side()
     run.cost = lambda: dict(run=cost_of(run, start, jobs))
     result = share(lambda: finished_report(run, uses_of(run, "evaluate")))
     if not result:
@@ -207,6 +207,7 @@ def calls_in(run) -> Counter:
 def make_arms(run, args, jobs: int):
     """All stages before the evaluation: what arms have in common here, as far as this process has
     its hands free, and each arm in a process of its own."""
+    from vlmrlhf_course.base.launch import let_go
     from vlmrlhf_course.base.stages import before, kind_of
     from vlmrlhf_course.pipeline import obtain
 
@@ -228,6 +229,7 @@ def make_arms(run, args, jobs: int):
             obtain(run, name)
             name = arms.take(common)
         run.kept.clear()  # the arms load what they need; this process only waits
+        let_go()
         arms.finish(jobs)
 
 # %% ../nbs/91_cli.ipynb #run-all-2

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['COUNTING', 'LAUNCHED', 'SILENT', 'BEAT', 'SILENCE', 'environment', 'LostPeer', 'Peers', 'peers', 'share', 'leave',
-           'make_accelerator', 'own_device', 'together', 'lost_peer', 'keep_memory']
+           'make_accelerator', 'own_device', 'together', 'lost_peer', 'side_by_side', 'let_go', 'keep_memory']
 
 # %% ../../nbs/97_launch.ipynb #imports
 import atexit
 import ctypes
+import gc
 import json
 import os
 import sys
@@ -267,6 +268,17 @@ def lost_peer(error: BaseException) -> bool:
     return known or isinstance(error, RuntimeError) and "gloo" in str(error)
 
 # %% ../../nbs/97_launch.ipynb #memory
+def side_by_side() -> int:
+    "How many stages are made at once: on CPUs two, on a GPU one, for they would share its memory."
+    return min(2, os.cpu_count() or 1) if own_device().type == "cpu" else 1
+
+
+def let_go():
+    "Hand what nobody holds any more back to the GPU, for other processes; on CPUs nothing happens."
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def keep_memory():
     """Keep freed memory for the next step, which takes it again.
 

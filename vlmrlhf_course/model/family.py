@@ -105,13 +105,18 @@ def without_video(cls: type) -> type:
 
 
 def load_processor(path, kind: str, **how):
-    """The processor of a checkpoint of a `model_type`; where torchvision is not installed, for
-    pictures alone."""
+    """The processor of a checkpoint of a `model_type`; for pictures alone where torchvision is not
+    installed, or where the folder knows nothing about films."""
     cls = getattr(T, PROCESSOR_MAPPING_NAMES.get(kind) or "", None)
     films = cls is not None and "video_processor" in cls.get_attributes()
     if films and importlib.util.find_spec("torchvision") is None:
         return without_video(cls).from_pretrained(path, **how)
-    return T.AutoProcessor.from_pretrained(path, **how)
+    try:
+        return T.AutoProcessor.from_pretrained(path, **how)
+    except OSError:
+        if not films:
+            raise
+        return without_video(cls).from_pretrained(path, **how)
 
 # %% ../../nbs/93_families.ipynb #parts
 class Parts:

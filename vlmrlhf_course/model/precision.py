@@ -58,7 +58,8 @@ def wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     "`F.linear` of wide states and narrow weights, or the other way round."
     frozen = weight.dtype in HALF and not weight.requires_grad
     if frozen and x.dtype not in HALF:
-        out = FrozenProduct.apply(x, weight)
+        learns = torch.is_grad_enabled() and x.requires_grad
+        out = FrozenProduct.apply(x, weight) if learns else times(x, weight.t())
         return out if bias is None else out + bias
     args, _ = widest((x, weight, bias), {})
     return F.linear(*args)
