@@ -88,6 +88,8 @@ def _add_own(p: argparse.ArgumentParser):
     data = "your pairs, demonstrations or prompts: a file, a folder, or hub:NAME[:SPLIT]"
     p.add_argument("--data", type=folder, metavar="FILE", help=data)
     p.add_argument("--format", help="what its columns mean (default: recognised)")
+    reward = "a reward model from elsewhere: RUN/reward, or what `export --adapter` has written"
+    p.add_argument("--reward-model", type=folder, metavar="DIR", help=reward)
 
 
 def _add_run(p: argparse.ArgumentParser):
@@ -103,6 +105,7 @@ def _add_run(p: argparse.ArgumentParser):
 def layers_of(args) -> dict[str, dict]:
     "The configuration that a command line asks for: section → values."
     given = dict(model=dict(path=args.model), data=dict(train=args.data, format=args.format))
+    given["reward"] = dict(path=args.reward_model)
     options = {name: {k: v for k, v in own.items() if v} for name, own in given.items()}
     arm = getattr(args, "algorithm", None)
     if arm:

@@ -15,12 +15,13 @@ from omegaconf import OmegaConf
 from .base.checkpoints import reading
 from .base.config import ARMS, OWN, arms_layer, load_layers, merge_sections
 from .base.runs import Run, cached_run
-from .base.settings import UserError, nearest
+from .base.settings import UserError, home, nearest
 from .base.stages import SOURCES, STAGES, TAKEN, before, config_of, kind_of, resolve
 from .base.stages import stage_names
 from .model.export import Head
 from .own import OwnSource, folder_of, own_source
 from .model.vlm import Speaker, VLM
+from .train.given import given_config
 from .world.scenes import WorldConfig
 from .world.source import DrawnWorld
 
@@ -164,6 +165,8 @@ def check_links(run: Run, name: str, stages: list[str]):
     named += [("detector", getattr(cfg, "detector", ""), "detector", detectors)]
     named += [("arms", arm, "policy", policies) for arm in getattr(cfg, "arms", ())]
     named += [("curve", getattr(cfg, "curve", ""), "policy", policies)]
+    if kinds[name] == "reward" and cfg.path:
+        given_config(home(cfg.path, f"{name}.path"))  # is one there?
     for key, value, what, known in named:
         if value and value not in known:
             line = f"{name}.{key}: {value!r} is no {what}{nearest(value, known)}"

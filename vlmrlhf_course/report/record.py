@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REPORT', 'plain_figures', 'curve', 'figures_digest', 'finished_report', 'report_files', 'begin_evaluation',
-           'refuse_foreign', 'reward_figures', 'detector_figures', 'budget', 'training_curves', 'evaluation_plots',
-           'report_names', 'evaluate', 'write_report', 'before_evaluation']
+           'refuse_foreign', 'reward_figures', 'accuracy_on_test_pairs', 'detector_figures', 'budget',
+           'training_curves', 'evaluation_plots', 'report_names', 'evaluate', 'write_report', 'before_evaluation']
 
 # %% ../../nbs/11c_record.ipynb #imports
 import io
@@ -26,6 +26,7 @@ from .evaluate import EvaluateConfig, Policies, compare
 from .page import Findings, before_after_figure, over_optimisation_figure
 from .page import report_html, row_names, training_figure
 from ..rl.algorithm import RLConfig
+from ..train.reward import RewardModel, pair_accuracy
 
 # %% ../../nbs/11c_record.ipynb #stage
 REPORT = ("report.json", "report.html", "before_after.png")
@@ -113,12 +114,23 @@ def refuse_foreign(run: Run):
 def reward_figures(run: Run) -> dict[str, float]:
     "What is known of the reward model, from the records of its stage and of the pairs."
     info = run.info("reward")
+    if "given" in info:  # measured where it was trained
+        return {}
     figures = dict(pair_accuracy=info["pair_accuracy"]["labels"])
     if "gold" in info["pair_accuracy"]:
         figures["pair_accuracy_gold"] = info["pair_accuracy"]["gold"]
     figures |= {key: info[key]["labels"] for key in ("image_ablated", "text_ablated")}
     pairs = run.info("preferences")["train"]
     return figures | {key: pairs[key] for key in ("kappa",) if key in pairs}
+
+
+def accuracy_on_test_pairs(run: Run, rm: RewardModel) -> dict[str, float]:
+    "On pairs of people that nothing was chosen by, with its error; {} where the source has none."
+    rows = getattr(run.source, "test_pairs", list)()
+    if not rows:
+        return {}
+    share = pair_accuracy(rm, rows)["labels"]
+    return dict(test_accuracy=share, test_error=(share * (1 - share) / len(rows)) ** 0.5)
 
 
 def detector_figures(run: Run, cfg: EvaluateConfig) -> dict:
@@ -172,7 +184,8 @@ def evaluate(task: Task) -> dict:
     for arm in cfg.arms:
         for row in (arm, f"{arm}_greedy"):
             result[row]["iterations"] = budget(run, arm)
-    result |= dict(reward_model=reward_figures(run)) | detector_figures(run, cfg)
+    figures = reward_figures(run) | accuracy_on_test_pairs(run, needed["reward"])
+    result |= dict(reward_model=figures) | detector_figures(run, cfg)
     plain_figures()
     plots = evaluation_plots(cfg, curves, result)
     names, shown = report_names(run, cfg), ("sft", cfg.headline)
@@ -199,7 +212,7 @@ def write_report(run: Run, uses: dict, found: Findings, plots: dict[str, Figure]
 def before_evaluation(cfg: EvaluateConfig) -> tuple[str, ...]:
     "The stages that an evaluation compares, or draws."
     drawn = (cfg.curve,) if cfg.curve else ()
-    return ("sft", "preferences", "reward", *cfg.arms, *drawn)
+    return ("sft", "reward", *cfg.arms, *drawn)
 
 
 STAGES["evaluate"] = Stage(

@@ -136,6 +136,7 @@ class RewardConfig:
     prompts: int = 0  # learn from this many prompts only (0: all) …
     skip: int = 0  # … after leaving out so many: what one model learns from, another may not
     patience: int = 0  # looks at validation without a new best before it stops (0: to the end)
+    path: str = ""  # a reward model from elsewhere (appendix Z): nothing is trained
     fit: FitConfig = FitConfig(lr=2e-3, batch=12, micro_batch=12, save_every=100)
 
     def __post_init__(self):
