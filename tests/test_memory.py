@@ -186,6 +186,8 @@ def test_sampling_is_left_as_it_is(prompts, monkeypatch):
     monkeypatch.setattr("vlmrlhf_course.model.memory.recomputing", never)
     roll = sample(vlm, prompts, "actor", max_new_tokens=6)
     assert torch.equal(roll.logprobs, want.logprobs)
+    with torch.no_grad():
+        vlm.hidden(full(vlm, prompts), "actor")
     with pytest.raises(AssertionError):
         vlm.hidden(full(vlm, prompts), "actor")
 

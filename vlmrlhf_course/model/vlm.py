@@ -154,7 +154,7 @@ def picture_features(
     known = {} if trains else self._features
     keys = {ref: picture_key(ref) for ref in images}
     new = [ref for ref in keys if keys[ref] not in known]
-    step = chunk if self.family.uniform else 1
+    step = self.limits.most(chunk) if self.family.uniform else 1
     with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
         for start in range(0, len(new), step):
             refs = new[start : start + step]
@@ -373,6 +373,7 @@ def answer(
     how |= dict(eos_token_id=vlm.eos_id, pad_token_id=vlm.pad_id)
     out = []
     who = (vlm.acting(role), vlm.speaking(role), unassisted(vlm.model), vlm.computing())
+    chunk = vlm.limits.most(chunk)
     with torch.random.fork_rng(), ExitStack() as stack:
         for part in who:
             stack.enter_context(part)
