@@ -17,8 +17,8 @@ class Source(Protocol):
 
     splits: tuple[str, ...]  # such as train, validation, test; `novel` where it has unseen mixtures
 
-    def model(self, seed: int):
-        "The model that training starts from: here is its vocabulary at home."
+    def model(self, seed: int, path=None):
+        "The model that training starts from, or the one that it has left at `path`."
 
     def prompts(self, split: str, n: int, kinds: dict[str, float], seed: int | str) -> list[Prompt]:
         "`n` prompts of a split, in a mixture of kinds; the same for the same seed."

@@ -23,6 +23,7 @@ from .batch import Batch, Pictures, pad_sides, stack_positions
 from .export import plain_model
 from .family import family_of, load_processor
 from .precision import HALF, Widened, at_least_single
+from .memory import Limits, passing
 from .packing import pack, packing_size, same_prompts
 from .roles import Role, Roles, handed_in
 
@@ -42,6 +43,7 @@ class VLM(Roles):
         self.eos_id = self.family.eos(self.tokenizer)
         self.side = self.family.side(model.config)
         self.roles: dict[str, Role] = {}
+        self.limits = Limits()  # of memory: appendix Z
         self.encoded = 0  # pictures that have passed the tower
         self._features, self._prompts, self._stamp = {}, {}, None
 
@@ -152,12 +154,12 @@ def picture_features(
     known = {} if trains else self._features
     keys = {ref: picture_key(ref) for ref in images}
     new = [ref for ref in keys if keys[ref] not in known]
-    step = chunk if self.family.uniform else 1
+    step = self.limits.most(chunk) if self.family.uniform else 1
     with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
         for start in range(0, len(new), step):
             refs = new[start : start + step]
             pictures = [open_image(ref, self.side) for ref in refs]
-            with self.computing():
+            with passing(self, self.tower):
                 seen = self.family.read_pictures(self.model, self.processor, pictures)
             known.update(zip([keys[ref] for ref in refs], seen))
             self.encoded += len(refs)
@@ -264,8 +266,8 @@ def hidden(
     embeds, mask = self.embed(batch, role), batch.attends
     if mask is None:
         mask = self.family.attention(self.model, embeds, batch, cache)
-    with self.acting(role), self.computing():
-        return self.parts(role)[0](
+    with passing(self, self.parts(role)[0], role, cache) as language:
+        return language(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=batch.position_ids,
@@ -371,6 +373,7 @@ def answer(
     how |= dict(eos_token_id=vlm.eos_id, pad_token_id=vlm.pad_id)
     out = []
     who = (vlm.acting(role), vlm.speaking(role), unassisted(vlm.model), vlm.computing())
+    chunk = vlm.limits.most(chunk)
     with torch.random.fork_rng(), ExitStack() as stack:
         for part in who:
             stack.enter_context(part)

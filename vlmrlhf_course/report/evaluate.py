@@ -21,6 +21,7 @@ from ..base.metrics import progress, seed_of
 from ..base.settings import UserError
 from ..data.prompts import Prompt, references
 from ..data.source import Source
+from ..model.memory import in_parts
 from ..model.vlm import Speaker, VLM, answer, token_logprobs
 from ..rl.kl import full_kl
 from ..rl.rollout import sample, texts
@@ -118,7 +119,7 @@ def speak(
     temperature: float = 1.0,
 ) -> tuple[list[str], float]:  # answers, and the mean KL of a whole answer from the reference at 1
     "Answer prompts in a role."
-    said, kl = [], 0.0
+    said, kl, chunk = [], 0.0, vlm.limits.most(chunk)
     for i in range(0, len(prompts), chunk):
         part = prompts[i : i + chunk]
         roll = sample(vlm, part, role, temperature, seed=seed_of(seed, i))
@@ -145,9 +146,11 @@ def speak_greedily(
 
 def likelihood(vlm: VLM, prompts: list[Prompt], said: list[str]) -> torch.Tensor:
     "(B,) log π_ref(answer) of whole answers."
-    b = vlm.batch(prompts, said)
-    logprobs = token_logprobs(vlm.rule_out(vlm.answer_logits(b), b.answers), b.answers)
-    return (logprobs * b.answer_mask).sum(1)
+    found = []
+    for b in in_parts(vlm.batch(prompts, said), vlm.limits):
+        logprobs = token_logprobs(vlm.rule_out(vlm.answer_logits(b), b.answers), b.answers)
+        found.append((logprobs * b.answer_mask).sum(1))
+    return torch.cat(found)
 
 
 @torch.no_grad()

@@ -141,7 +141,8 @@ class Reading:
 def read_answers(rm: RewardModel, roll: Rollout, at_once: int) -> Reading:
     "Read sampled answers with the reference and the reward model, `at_once` at a time."
     vlm, batch = rm.vlm, roll.batch
-    reading = Reading(None, None, length_groups(batch.lengths, at_once, batch.question_of))
+    size = vlm.limits.most(at_once)
+    reading = Reading(None, None, length_groups(batch.lengths, size, batch.question_of))
 
     def parts():
         return map(batch.rows, reading.groups)  # made anew each time: features are large

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from ..base.settings import UserError
 from ..data.prompts import Prompt
 from ..model.batch import Batch
+from ..model.memory import below_each_other, in_parts
 from ..model.packing import distinct
 from ..model.roles import merged
 from ..model.vlm import VLM, masked_mean, token_logprobs
@@ -165,9 +166,10 @@ def sample(
     batch, generator = vlm.batch(prompts), torch.Generator(vlm.device).manual_seed(seed)
     speaker = merged(vlm, role) if merge else nullcontext(role)
     with speaker as role, vlm.acting(role):
-        said, logprobs, real = generate_tokens(
-            vlm, batch, role, temperature, max_new_tokens, generator, drop
-        )
+        how = (role, temperature, max_new_tokens, generator, drop)
+        found = [generate_tokens(vlm, part, *how) for part in in_parts(batch, vlm.limits)]
+    (said, logprobs, real), fills = zip(*found), (vlm.pad_id, 0, 0)
+    said, logprobs, real = map(below_each_other, (said, logprobs, real), fills)
     ended = (real & (said == vlm.eos_id)).any(1)
     return Rollout(prompts, with_answers(batch, said, real), logprobs, ended, temperature)
 

@@ -255,7 +255,7 @@ def score_texts(
     chunk: int = 256,
 ) -> torch.Tensor:  # (len(prompts),)
     "Rewards of answers."
-    found = []
+    found, chunk = [], rm.vlm.limits.most(chunk)
     for start in range(0, len(prompts), chunk):
         part = slice(start, start + chunk)
         batch = rm.vlm.batch(prompts[part], answers[part], images and images[part])
@@ -272,8 +272,9 @@ def pair_accuracy(
 ) -> dict[str, float]:  # against the labels, and against the truth (`gold`) where it is known
     "Share of pairs whose chosen answer has the higher reward."
     task, hits = RewardTask(rm), []
-    for start in range(0, len(rows), 200):
-        part = [_changed(r, image, prompt) for r in rows[start : start + 200]]
+    size = max(1, rm.vlm.limits.most(400) // 2)  # pairs of two answers
+    for start in range(0, len(rows), size):
+        part = [_changed(r, image, prompt) for r in rows[start : start + size]]
         batch, pairs, _ = task.collate([part])
         s = rm(batch)
         hits += [bool(s[c] > s[r]) for c, r, _ in pairs]

@@ -175,7 +175,7 @@ def load_sft(task: Task, built) -> VLM:
     "The trunk that every role of a run stands on, frozen."
     source, seed = task.run.source, task.run.seed
     trained = demonstrated(source, task.cfg, seed)
-    vlm = load_vlm(task.folder / trained[-1]) if trained else source.model(seed)
+    vlm = source.model(seed, task.folder / trained[-1] if trained else None)
     vlm.model.requires_grad_(False)
     return vlm
 

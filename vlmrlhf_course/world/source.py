@@ -11,7 +11,7 @@ import re
 import unicodedata
 from typing import Callable
 from ..data.prompts import Prompt
-from ..model.vlm import VLM, answer
+from ..model.vlm import VLM, answer, load_vlm
 from ..report.evaluate import without_preface
 from .hallucination import hallucinations, pope_questions
 from .judge import Verdict, figure_parts, judge, judge_reply, summarise
@@ -128,8 +128,8 @@ class DrawnWorld:
     def __init__(self, cfg: WorldConfig = WorldConfig()):
         self.cfg = cfg
 
-    def model(self, seed: int) -> VLM:
-        return pretrained_vlm(seed)
+    def model(self, seed: int, path=None) -> VLM:
+        return load_vlm(path) if path else pretrained_vlm(seed)
 
     def prompts(self, split: str, n: int, kinds: dict[str, float], seed: int | str):
         return sample_prompts(n, split, kinds, seed, self.cfg)
