@@ -16,7 +16,8 @@ from .base.checkpoints import reading
 from .base.config import ARMS, OWN, arms_layer, load_layers, merge_sections
 from .base.runs import Run, cached_run
 from .base.settings import UserError, home, nearest
-from .base.stages import SOURCES, STAGES, TAKEN, before, config_of, kind_of, resolve
+from .base.stages import MEANS, SOURCES, STAGES, TAKEN, before, config_of, kind_of
+from .base.stages import resolve
 from .base.stages import stage_names
 from .model.export import Head
 from .own import OwnSource, folder_of, own_source
@@ -137,8 +138,9 @@ def check_run(run: Run):
 
     Raises UserError that names the first one that no stage can use."""
     stages = stage_names(run.layers)
-    known = [*SOURCES, *stages]
-    for name in SOURCES:
+    own = MEANS if isinstance(run.source, OwnSource) else ()  # the drawn world fits anywhere
+    known = [*SOURCES, *own, *stages]
+    for name in (*SOURCES, *own):
         if "kind" in run.layers.get(name, {}):
             raise UserError(f"{name}.kind: {name} is no stage; give the arm another name")
     for name, values in run.layers.items():
