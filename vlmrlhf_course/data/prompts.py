@@ -222,6 +222,7 @@ def open_image(
         return opener.draw(opener.read(rest), size) if opener else read_picture(ref)
     except Exception as e:  # Pillow raises a dozen kinds
         said = str(getattr(e, "strerror", None) or e)[:160].splitlines()[0]
+        said = re.sub(r" <_io\.\w+ object at 0x\w+>", "", said)  # another one each time
         known = ", ".join(f"`{prefix}:…`" for prefix in OPENERS)
         remedy = "give a picture file, `blank`" + (f", or {known}" if known else "")
         raise UserError(f"{shown(ref)}: not a picture ({said}); {remedy}") from None
