@@ -18,6 +18,7 @@ from .base.config import build_config, check_choices
 from .base.records import digest_of
 from .base.runs import Run
 from .base.settings import UserError, home, open_regular
+from .data.known import Known
 from .data.own import DataConfig, asked, digest_at, good_rows, splits_of
 from .data.prompts import Prompt
 from .model.vlm import VLM, load_vlm
@@ -109,13 +110,23 @@ class OwnSource:
 
     def __init__(self, model: ModelConfig, data: DataConfig, skipped: dict | None = None):
         self.checkpoint, self.data, self.skipped = model, data, skipped
+        self.known = Known()
         self.truth = self.judge = lambda *asked: None
         self.choices = self.parts = self.mark = lambda *asked: []
 
     @cached_property
     def found(self) -> tuple[str, dict[str, list[dict]]]:
         "What the data are, and the rows of each split; read when somebody asks."
-        return splits_of(self.data, self.skipped)
+        return splits_of(self.data, self.skipped, self.known.look)
+
+    @property
+    def pictures(self) -> str:
+        "A digest of all pictures."
+        return self.known.content(sum(self.found[1].values(), []))
+
+    def fault(self, row: dict, vlm=None) -> str | None:
+        "What is wrong with a row, as it is said or was said before."
+        return self.known.fault(row, vlm)
 
     def model(self, seed: int) -> VLM:
         return load_checkpoint(self.checkpoint)
@@ -164,6 +175,9 @@ def own_source(run: Run) -> OwnSource | None:
         )
         raise UserError(f"give {missing}, too; without both, the drawn world is the source")
     run.used["model"]["content"] = checkpoint_digest(folder_of(model))
+    source = OwnSource(model, data, run.skipped)
     paths = [path for path in (data.train, data.validation, data.test) if path]
-    run.used["data"]["content"] = digest_of([digest_at(path) for path in paths])
-    return OwnSource(model, data, run.skipped)
+    content = {path: digest_at(path) for path in paths}
+    content[f"pictures of {data.train}"] = source.pictures
+    run.used["data"]["content"] = content
+    return source

@@ -192,14 +192,20 @@ def held_out(rows: list[dict], cfg: DataConfig, parts: int) -> list[list[dict]]:
     return split
 
 # %% ../../nbs/99j_own.ipynb #splits
-def splits_of(cfg: DataConfig, skipped: dict | None = None) -> tuple[str, dict[str, list[dict]]]:
+def splits_of(
+    cfg: DataConfig,
+    skipped: dict | None = None,  # given: bad records are left out and noted here, place → fault
+    look=lambda rows: None,  # called with all rows of a file, before any picture is opened
+) -> tuple[str, dict[str, list[dict]]]:
     "What the data are, and the rows of train, validation and test."
     kind, rows = rows_at(cfg.train, cfg, skipped)
+    look(rows)
     found = {}
     for name in ("validation", "test"):
         path = getattr(cfg, name)
         if path:
             other, found[name] = rows_at(path, cfg, skipped)
+            look(found[name])
             if other != kind:
                 raise UserError(f"{path}: {other}, and {cfg.train} holds {kind}; give the same")
     missing = [name for name in ("validation", "test") if name not in found]
