@@ -19,6 +19,7 @@ from .base.config import build_config, check_choices, check_ranges
 from .base.records import digest_of
 from .base.runs import Run
 from .base.settings import UserError, home
+from .data.known import Known
 from .data.own import DataConfig, asked, digest_at, good_rows, splits_of
 from .data.prompts import Prompt
 from .model.memory import Limits
@@ -105,13 +106,14 @@ class OwnSource:
 
     def __init__(self, model: ModelConfig, data: DataConfig, skipped: dict | None = None):
         self.checkpoint, self.data, self.skipped, self.limits = model, data, skipped, Limits()
+        self.known = Known()
         self.truth = self.judge = lambda *asked: None
         self.choices = self.parts = self.mark = lambda *asked: []
 
     @cached_property
     def found(self) -> tuple[str, dict[str, list[dict]]]:
         "What the data are, and the rows of each split; read when somebody asks."
-        return splits_of(self.data, self.skipped)
+        return splits_of(self.data, self.skipped, self.known.look)
 
     def model(self, seed: int, path=None) -> VLM:
         return load_checkpoint(self.checkpoint, self.limits, path)
@@ -139,6 +141,18 @@ class OwnSource:
         return [p for p in prompts if yes_or_no(p.answer) is not None]
 
 # %% ../nbs/99k_own_source.ipynb #source-more
+@patch(as_prop=True)
+def pictures(self: OwnSource) -> str:
+    "A digest of all pictures."
+    return self.known.content(sum(self.found[1].values(), []))
+
+
+@patch
+def fault(self: OwnSource, row: dict, vlm=None) -> str | None:
+    "What is wrong with a row, as it is said or was said before."
+    return self.known.fault(row, vlm)
+
+
 @patch(as_prop=True)
 def folder(self: OwnSource) -> Path:
     "Where the checkpoint lies that training starts from."
@@ -173,9 +187,11 @@ def own_source(run: Run) -> OwnSource | None:
         )
         raise UserError(f"give {missing}, too; without both, the drawn world is the source")
     run.used["model"]["content"] = checkpoint_digest(folder_of(model))
-    paths = [path for path in (data.train, data.validation, data.test) if path]
-    run.used["data"]["content"] = digest_of([digest_at(path) for path in paths])
     source = OwnSource(model, data, run.skipped)
+    paths = [path for path in (data.train, data.validation, data.test) if path]
+    content = {path: digest_at(path) for path in paths}
+    content[f"pictures of {data.train}"] = source.pictures
+    run.used["data"]["content"] = content
     source.limits = limits_of(run, model)
     return source
 

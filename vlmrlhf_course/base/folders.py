@@ -35,11 +35,20 @@ def same_settings(file: Path, uses: dict) -> bool:
     was, now = _flat(read_record(file)["uses"]), _flat(json.loads(json.dumps(uses)))
     changed = [k for k in {**now, **was} if (k in was, was.get(k)) != (k in now, now.get(k))]
     if changed:
+        said = ", ".join(_in_words(key, was.get(key), now.get(key)) for key in changed[:3])
         raise UserError(
-            f"{file.parent}: made with other settings ({', '.join(changed[:3])}); "
+            f"{file.parent}: made with other settings ({said}); "
             "choose another --out, or move that folder away, or delete it"
         )
     return True
+
+
+def _in_words(key: str, was, now) -> str:
+    "A setting that has changed; of several contents, those that are not as they were."
+    if not (isinstance(was, dict) and isinstance(now, dict)):
+        return key
+    names = [name for name in {**now, **was} if was.get(name) != now.get(name)]
+    return f"{key}: {', '.join(names[:3])}"
 
 
 def _flat(settings: dict) -> dict:

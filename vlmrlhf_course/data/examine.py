@@ -12,9 +12,10 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 from ..base.files import aside
+from ..base.metrics import progress
 from ..base.settings import UserError
+from .known import Known
 from .own import DataConfig, rows_at
-from .pairs import row_fault
 from .prompts import messages_of, open_image, references
 
 # %% ../../nbs/99l_examine.ipynb #examine
@@ -26,17 +27,21 @@ class Examined(NamedTuple):
     faults: dict[str, str]  # place → fault
 
 
-def examine(path: str, cfg: DataConfig, vlm=None) -> Examined:
-    "Read a file as training would; with a VLM, lay each record out as training will."
-    faults = {}
+def examine(path: str, cfg: DataConfig, vlm=None, known: Known | None = None) -> Examined:
+    """Read a file as training would; with a VLM, lay each record out as training will.
+
+    What is `known` (None: in the user's cache) is not looked at again."""
+    faults, known = {}, known or Known()
     kind, rows = rows_at(path, cfg, faults)
+    known.look(rows)
     good = []
-    for row in rows:
-        fault = row_fault(row, vlm)
+    for row in progress(rows, "records"):
+        fault = known.fault(row, vlm)
         if fault:
             faults[row["place"]] = fault
         else:
             good.append(row)
+    known.save()
     return Examined(kind, good, faults)
 
 

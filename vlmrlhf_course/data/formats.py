@@ -289,7 +289,9 @@ def recognise(
     "The format of a record: the most specific one. Raises UserError where there is none."
     if not isinstance(record, dict):
         raise UserError(f"a record is {kind_of(record)}, and columns with names are wanted")
-    found = [f for f in FORMATS.values() if not _lacking(f, record) and f.fits(record)]
+    judged = any(record.get(answer) is not None for answer in ANSWERS)  # not to be swallowed
+    able = [f for f in FORMATS.values() if f.gives == "pairs" or not judged]
+    found = [f for f in able if not _lacking(f, record) and f.fits(record)]
     good = [f for f in found if wanted is None or f.gives in SERVES[wanted]]
     if good:
         there = [column for column, value in record.items() if value is not None]

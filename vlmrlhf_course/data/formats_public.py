@@ -144,6 +144,8 @@ def vlfeedback_rows(record: dict) -> list[dict]:
     about = row_about(record, "prompt", ("image", "img_path")) | extras_of(record, id="id")
     completions = enumerate(entries_of(record.get("completions"), "completions"))
     rated = [_rated(completion, f"completions[{i}]") for i, completion in completions]
+    if len(rated) < 2:
+        raise ValueError("completions holds one answer, and a pair needs two")
     rows = []
     for (one, high), (other, low) in combinations(rated, 2):
         gap = round(abs(high - low), 4)

@@ -7,13 +7,12 @@ __all__ = ['text_fault', 'hashable', 'pair_fault', 'layout_fault', 'row_fault', 
            'check_edited']
 
 # %% ../../nbs/99c_pairs.ipynb #imports
-import functools
 import json
 from pathlib import Path
 from ..base.records import read_jsonl
 from ..base.settings import UserError, notice
 from .prompts import NO_REFERENCE, Names, Prompt, check_picture, named
-from .prompts import picture_key, shown, turns_of, words_of
+from .prompts import shown, turns_of, words_of
 
 # %% ../../nbs/99c_pairs.ipynb #doctor
 def text_fault(
@@ -44,12 +43,6 @@ def text_fault(
     return None
 
 # %% ../../nbs/99c_pairs.ipynb #load-pairs
-@functools.lru_cache(None)
-def _check_once(key: tuple):
-    "Many pairs show the same picture."
-    check_picture(key[0])
-
-
 def _image_fault(image: Names) -> str | None:
     refs = image if isinstance(image, tuple) else (image,)
     if image is None:
@@ -58,7 +51,7 @@ def _image_fault(image: Names) -> str | None:
         return f"image is {NO_REFERENCE}"
     for ref in refs:
         try:
-            _check_once(picture_key(ref))
+            check_picture(ref)
         except UserError as e:
             return f"image {e}"
         except ValueError as e:
@@ -139,12 +132,13 @@ def load_pairs(
     path,
     vlm=None,  # the VLM that will read them: also check their length
     skipped: dict | None = None,  # given: leave out bad records and note them here, place → fault
+    check=pair_fault,  # of a row and the VLM: what is wrong with it, or None
 ) -> list[dict]:
-    """Read pairs, each checked by `pair_fault`; a list of pictures becomes a tuple.
+    """Read pairs, each of them checked; a list of pictures becomes a tuple.
 
     Raises UserError that names file, line and remedy."""
     required = ("image", "prompt", "chosen", "rejected")
-    rows = read_jsonl(path, required, lambda row: pair_fault(row, vlm), skipped)
+    rows = read_jsonl(path, required, lambda row: check(row, vlm), skipped)
     if not rows:
         remedy = "lower preferences.min_gap or ask more prompts, and delete that folder"
         raise UserError(f"{path}: no pairs; {remedy}")
@@ -157,6 +151,7 @@ def check_given(
     source: str,
     vlm=None,
     skipped: dict | None = None,  # given: bad pairs are left out and noted here, place → fault
+    check=pair_fault,  # of a row and the VLM: what is wrong with it, or None
 ) -> list[dict]:
     """The pairs that a source gives, each one such that `load_pairs` will read it.
 
@@ -164,7 +159,7 @@ def check_given(
     written."""
     rows, good = [_by_name(row) for row in rows], []
     for i, row in enumerate(rows):
-        fault = _given_fault(row, vlm)
+        fault = _given_fault(row) or check(row, vlm)
         where, remedy = f"{source}.pairs({split!r}), number {i}", "mend that pair, or leave it out"
         if isinstance(row, dict) and "place" in row:
             where, remedy = row["place"], "mend or delete it, or leave such out by --skip-bad"
@@ -174,6 +169,9 @@ def check_given(
             raise UserError(f"{where}: {fault}; {remedy}")
         else:
             skipped[where] = fault
+    if not good and skipped:
+        place, fault = next(iter(skipped.items()))
+        raise UserError(f"{place}: {fault}; and no pair is left for {split}, so mend some")
     if not good:
         remedy = "give some; or None, and answers are sampled and ranked"
         raise UserError(f"{source}.pairs({split!r}): no pairs; {remedy}")
@@ -192,7 +190,7 @@ def _by_name(row):
         return row  # `pair_fault` says why not
 
 # %% ../../nbs/99c_pairs.ipynb #given-2
-def _given_fault(row, vlm) -> str | None:
+def _given_fault(row) -> str | None:
     "What is wrong with a pair that no file has held yet, or None."
     required = ("image", "prompt", "chosen", "rejected")
     if not isinstance(row, dict):
@@ -204,7 +202,7 @@ def _given_fault(row, vlm) -> str | None:
         json.dumps(row)
     except (TypeError, ValueError) as e:
         return f"cannot be written as JSON ({e})"
-    return pair_fault(row, vlm)
+    return None
 
 # %% ../../nbs/99c_pairs.ipynb #task
 def group_pairs(rows: list[dict]) -> list[list[dict]]:

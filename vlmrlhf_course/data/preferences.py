@@ -18,7 +18,8 @@ from ..base.files import jsonl
 from ..base.metrics import progress
 from ..base.settings import UserError
 from ..base.stages import STAGES, Stage, Task
-from .pairs import check_edited, check_given, load_pairs, text_fault
+from .pairs import check_edited, check_given, load_pairs, pair_fault
+from .pairs import text_fault
 from .prompts import KINDS, Prompt
 
 # %% ../../nbs/04b_preferences.ipynb #similarity
@@ -245,14 +246,20 @@ def given_pairs(task: Task, split: str) -> list[dict] | None:
     if pairs is None:
         return None
     name, vlm = type(source).__name__, task.needed["sft"]
-    return check_given(pairs, split, name, vlm, task.run.skipped)
+    return check_given(pairs, split, name, vlm, task.run.skipped, _check_of(source))
+
+
+def _check_of(source):
+    "How a source wants its pairs looked at: one that knows most of them has a way of its own."
+    return getattr(source, "fault", pair_fault)
 
 # %% ../../nbs/04b_preferences.ipynb #stage-load
 def load_preferences(task: Task, built) -> tuple[list[dict], list[dict]]:
     "Pairs for training and for validation."
     run, vlm = task.run, task.needed["sft"]
     files = (task.folder / f"{split}.jsonl" for split in ("train", "validation"))
-    train, validation = (load_pairs(file, vlm, run.skipped) for file in files)
+    check = _check_of(run.source)
+    train, validation = (load_pairs(file, vlm, run.skipped, check) for file in files)
     if not run.skipped:  # which says that the file is not as it was
         for name in run.edits(task.name).get("edited", ()):
             check_edited(task.folder, name)

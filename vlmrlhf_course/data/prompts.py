@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_REFERENCE', 'KINDS', 'Names', 'ROLES', 'OPENERS', 'data_uri', 'named', 'Turn', 'Prompt', 'references', 'turns_of',
            'messages_of', 'question_of', 'words_of', 'Opener', 'shown', 'open_image', 'read_data', 'read_uri',
-           'picture_size', 'picture_key', 'check_picture']
+           'picture_size', 'note_size', 'picture_key', 'check_picture']
 
 # %% ../../nbs/99d_prompts.ipynb #imports
 import base64
@@ -15,7 +15,6 @@ import itertools
 import os
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Callable, NamedTuple
 from urllib.parse import unquote, unquote_to_bytes
 from PIL import Image
@@ -219,12 +218,17 @@ def open_image(
         return Image.new("RGB", (size, size), (128, 128, 128))
     opener, rest = _opener(ref)
     try:
-        return opener.draw(opener.read(rest), size) if opener else read_picture(ref)
+        key = None if opener and opener.drawn else picture_key(ref)
+        picture = opener.draw(opener.read(rest), size) if opener else read_picture(ref)
     except Exception as e:  # Pillow raises a dozen kinds
         said = str(getattr(e, "strerror", None) or e)[:160].splitlines()[0]
+        said = re.sub(r" <_io\.\w+ object at 0x\w+>", "", said)  # another one each time
         known = ", ".join(f"`{prefix}:…`" for prefix in OPENERS)
         remedy = "give a picture file, `blank`" + (f", or {known}" if known else "")
         raise UserError(f"{shown(ref)}: not a picture ({said}); {remedy}") from None
+    if key:
+        note_size(key, picture.size)
+    return picture
 
 # %% ../../nbs/99d_prompts.ipynb #open-kept
 def read_data(rest: str) -> bytes:
@@ -259,12 +263,17 @@ def picture_size(ref: str, side: int) -> tuple[int, int]:
     opener = _opener(ref)[0]
     if ref == "blank" or opener and opener.drawn:
         return side, side
-    return _known_size(picture_key(ref))
+    return _sizes.get(picture_key(ref)) or open_image(ref).size
 
 
-@lru_cache(100_000)
-def _known_size(key: tuple) -> tuple[int, int]:
-    return open_image(key[0]).size
+_sizes: dict[tuple, tuple[int, int]] = {}  # of pictures that were opened, and so are pictures
+
+
+def note_size(key: tuple, size: tuple[int, int]):
+    "Whoever has opened a picture says how large it is: nobody opens it again to ask."
+    if len(_sizes) >= 100_000:
+        _sizes.pop(next(iter(_sizes)))
+    _sizes[key] = size
 
 
 def picture_key(ref: str) -> tuple:
@@ -285,5 +294,5 @@ def check_picture(ref: str):
     opener, rest = _opener(ref)
     if opener and opener.drawn:
         opener.read(rest)
-    else:
+    elif picture_key(ref) not in _sizes:  # many records show the same picture
         open_image(ref)
