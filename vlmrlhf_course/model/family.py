@@ -214,7 +214,7 @@ class Chat:
             turns = [{"role": "user", "content": self.content(processor, text, pictures)}]
         if processor.chat_template is None:
             said = [piece["text"] for piece in turns[-1]["content"] if "text" in piece]
-            return processor.image_token * pictures + " ".join(said)
+            return self.marks(processor)[1] * pictures + " ".join(said)
         return processor.apply_chat_template(turns, add_generation_prompt=True)
 
     def prompt(self, model, processor, text: str, images: list) -> tuple:
@@ -295,7 +295,7 @@ class Families(Mapping):
 
     def __init__(self):
         self.known = {}
-        self.general = None  # answers for types that have no family of their own
+        self.general = None  # the class for types that have no family of their own
 
     def add(self, kind: str, family):
         "Raises ValueError where a class of another module answers for this type."
@@ -332,13 +332,12 @@ class Family(Vision, Chat, Reading):
     "What `VLM` must know about a family of models. All answers but `tiny` are LLaVA's."
 
     def __init_subclass__(cls, kind: str | None = None, general: bool = False, **more):
-        """`kind`: the `config.model_type` of its models; None for a class that others build on, or
-        for the one that is `general`."""
+        "`kind`: the `config.model_type` of its models, None for a base; `general`: of all others."
         super().__init_subclass__(**more)
         if kind:
             FAMILIES.add(kind, cls())
         if general:
-            FAMILIES.general = cls()
+            FAMILIES.general = cls
 
     def tiny(self, words: list[str]) -> tuple:
         "Configuration of a random model, and its processor."
