@@ -270,6 +270,10 @@ class Reading:
         "The language model's `attention_mask` for a pass over a `Batch`."
         return batch.attention_mask
 
+    def besides(self, model, batch) -> dict:
+        "What the language model takes besides embeddings, mask and positions."
+        return {}
+
     def packs(self, config) -> bool:
         "May answers share a row (appendix F)? Not with windows, nor if attention takes no mask."
         text = config.get_text_config()

@@ -271,6 +271,7 @@ def hidden(
             position_ids=batch.position_ids,
             past_key_values=cache,
             use_cache=cache is not None,
+            **self.family.besides(self.model, batch),
         ).last_hidden_state
 
 # %% ../../nbs/02c_vlm.ipynb #forward-states-2
