@@ -181,8 +181,6 @@ GEMMA_TOWER |= dict(
 )
 CODES = {f"IMGIMG{c}Z": 10 + i for i, c in enumerate("ABCDEFGH")}
 OTHERS = {
-    "qwen2_vl": dict(images=QWEN2, mark=QWEN, config=MROPE),
-    "qwen3_vl": dict(images=QWEN2, mark=QWEN, config=merged(WOVEN, DEEP)),
     "qwen3_vl_moe": dict(images=QWEN2, mark=QWEN, config=merged(WOVEN, DEEP)),
     "qwen3_5": dict(images=QWEN2, mark=QWEN, config=merged(WOVEN, DEEP)),
     "qwen3_5_moe": dict(images=QWEN2, mark=QWEN, config=merged(WOVEN, DEEP)),
