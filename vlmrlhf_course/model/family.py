@@ -18,10 +18,12 @@ import transformers as T
 from fastcore.basics import patch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from ..base.settings import UserError, nearest
 from ..data.prompts import messages_of
 from .batch import Pictures
+from .precision import at_least_single
 
 # %% ../../nbs/93_families.ipynb #tiny-parts
 WORDS = (
@@ -153,6 +155,7 @@ class Vision(Parts):
     "How a family sees. This is LLaVA (Liu et al. 2023); other families say what differs."
 
     uniform = True  # every picture becomes one item, so that many can be encoded at once
+    whole = False  # do pixels go in with the tokens, so that features cannot be kept?
 
     def encode(self, model, inputs: dict) -> torch.Tensor:
         "(items, tokens, D): what enters the projector; a picture in tiles is several items."
@@ -181,6 +184,14 @@ class Vision(Parts):
         "(placeholders, H): what the language model reads, in the order of the placeholders."
         return self.part(model, "projector")(pictures.features).flatten(0, -2)
 
+# %% ../../nbs/93_families.ipynb #vision-pictures
+@patch
+def pictures(self: Vision, vlm, texts: list, shown: list[tuple[str, ...]]) -> Pictures:
+    "The pictures of a batch of questions: `shown`, references of each."
+    seen = vlm.picture_features([ref for refs in shown for ref in refs])
+    kept = [(at_least_single(features), size) for features, size in seen]
+    return Pictures.of(kept, list(map(len, shown)))
+
 # %% ../../nbs/93_families.ipynb #chat
 class Chat:
     "How a family words a question, and how it ends an answer."
@@ -203,7 +214,7 @@ class Chat:
             turns = [{"role": "user", "content": self.content(processor, text, pictures)}]
         if processor.chat_template is None:
             said = [piece["text"] for piece in turns[-1]["content"] if "text" in piece]
-            return processor.image_token * pictures + " ".join(said)
+            return self.marks(processor)[1] * pictures + " ".join(said)
         return processor.apply_chat_template(turns, add_generation_prompt=True)
 
     def prompt(self, model, processor, text: str, images: list) -> tuple:
@@ -220,6 +231,12 @@ class Chat:
         return inputs["input_ids"][0].tolist(), self.positions(model, inputs)
 
 # %% ../../nbs/93_families.ipynb #chat-marks
+@patch
+def image_token(self: Chat, config, processor) -> int | None:
+    "The placeholder of a picture's vectors; None where a model has none."
+    return config.image_token_id
+
+
 @patch
 def marks(self: Chat, processor) -> list[str]:
     "How a question may say where a picture belongs: as LLaVA's data do, or in its own way."
@@ -253,6 +270,10 @@ class Reading:
         "The language model's `attention_mask` for a pass over a `Batch`."
         return batch.attention_mask
 
+    def besides(self, model, batch) -> dict:
+        "What the language model takes besides embeddings, mask and positions."
+        return {}
+
     def packs(self, config) -> bool:
         "May answers share a row (appendix F)? Not with windows, nor if attention takes no mask."
         text = config.get_text_config()
@@ -278,6 +299,7 @@ class Families(Mapping):
 
     def __init__(self):
         self.known = {}
+        self.general = None  # the class for types that have no family of their own
 
     def add(self, kind: str, family):
         "Raises ValueError where a class of another module answers for this type."
@@ -313,11 +335,13 @@ FAMILIES = Families()
 class Family(Vision, Chat, Reading):
     "What `VLM` must know about a family of models. All answers but `tiny` are LLaVA's."
 
-    def __init_subclass__(cls, kind: str | None = None, **more):
-        "`kind`: the `config.model_type` of its models; None for a class that others build on."
+    def __init_subclass__(cls, kind: str | None = None, general: bool = False, **more):
+        "`kind`: the `config.model_type` of its models, None for a base; `general`: of all others."
         super().__init_subclass__(**more)
         if kind:
             FAMILIES.add(kind, cls())
+        if general:
+            FAMILIES.general = cls
 
     def tiny(self, words: list[str]) -> tuple:
         "Configuration of a random model, and its processor."
@@ -327,13 +351,15 @@ class Family(Vision, Chat, Reading):
 def family_of(config) -> Family:
     "The family of a model's configuration. Raises UserError for a family that is not here."
     kind, known = config.model_type, FAMILIES.found()
-    if kind not in known:
-        raise UserError(
-            f"models of type {kind!r} are not known{nearest(kind, known)}; known are "
-            f"{', '.join(sorted(known))}. Another family is one notebook: nbs/93_families.ipynb "
-            "says what must be in it"
-        )
-    return known[kind]
+    if kind in known:
+        return known[kind]
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return FAMILIES.general.fitting(config)
+    raise UserError(
+        f"models of type {kind!r} are not known{nearest(kind, known)}; known are "
+        f"{', '.join(sorted(known))}. Another family is one notebook: nbs/93_families.ipynb "
+        "says what must be in it"
+    )
 
 # %% ../../nbs/93_families.ipynb #tiny-model
 def tiny_model(

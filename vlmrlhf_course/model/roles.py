@@ -309,8 +309,11 @@ def acting(self: Roles, role: str | None = None):
 def speaking(self: Roles, role: str | None = None):
     "Within this block the model's own `generate` speaks with a role that is a full copy."
 
+    modules = self.model.named_modules()
+    place = next(path for path, module in modules if module is self.language)
+
     def seat(language, head):
-        setattr(self.model.model, self.family.language, language)
+        self.model.set_submodule(place, language)
         self.model.set_output_embeddings(head)
 
     mine = self.parts()

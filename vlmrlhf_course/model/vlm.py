@@ -41,7 +41,7 @@ class VLM(Roles):
         self.processor, self.family = processor, family_of(model.config)
         self.tokenizer = processor.tokenizer
         self.pad_id, self.unk_id = self.tokenizer.pad_token_id, self.tokenizer.unk_token_id
-        self.image_token_id = model.config.image_token_id
+        self.image_token_id = self.family.image_token(model.config, processor)
         self.eos_id = self.family.eos(self.tokenizer)
         self.side = self.family.side(model.config)
         self.roles: dict[str, Role] = {}
@@ -68,8 +68,8 @@ class VLM(Roles):
         """Tokens that must never be sampled.
 
         A placeholder breaks the next forward pass; pad and unknown mean nothing."""
-        banned = {*self.family.placeholders(self.model.config), self.pad_id, self.unk_id}
-        return sorted(banned - {None, self.eos_id})
+        stands = {*self.family.placeholders(self.model.config), self.image_token_id}
+        return sorted({*stands, self.pad_id, self.unk_id} - {None, self.eos_id})
 
 # %% ../../nbs/02c_vlm.ipynb #speaker
 class Speaker(NamedTuple):
@@ -95,8 +95,8 @@ def words(self: VLM) -> int:
 def computing(self: VLM):
     "Where weights are in half precision, sums within this block are not (appendix U)."
     words = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
-    some = [next(part.parameters()) for part in (*words, self.projector, self.tower)]
-    return Widened() if any(p.dtype in HALF for p in some) else nullcontext()
+    some = [next(part.parameters(), None) for part in (*words, self.projector, self.tower)]
+    return Widened() if any(p is not None and p.dtype in HALF for p in some) else nullcontext()
 
 # %% ../../nbs/02c_vlm.ipynb #vlm-load
 def load_vlm(path: str | Path, trust_remote_code: bool = False, **settings) -> VLM:
@@ -115,9 +115,9 @@ def load_vlm(path: str | Path, trust_remote_code: bool = False, **settings) -> V
     with reading(path, "take the model's own processor"):
         how = dict(backend="pil", trust_remote_code=trust_remote_code)
         processor = load_processor(path, model.config.model_type, **how)
-    image = model.config.image_token_id
+    image = family_of(model.config).image_token(model.config, processor)
     known = getattr(processor, "tokenizer", processor).get_vocab().values()
-    if image not in known:
+    if image is not None and image not in known:
         raise UserError(
             f"{path}: its tokenizer lacks token {image}, the image; take the model's own processor"
         )
@@ -227,9 +227,7 @@ def batch(
     answers = [[]] * len(prompts) if answers is None else answers
     shown = [references(p.image, images and images[i]) for i, p in enumerate(prompts)]
     questions, at = zip(*(self.prompt_layout(p.text, refs) for p, refs in zip(prompts, shown)))
-    every = [ref for refs in shown for ref in refs]
-    seen = [(at_least_single(x), size) for x, size in self.picture_features(every)]
-    pictures = Pictures.of(seen, list(map(len, shown)))
+    pictures = self.family.pictures(self, [p.text for p in prompts], shown)
     rows = pad_sides(questions, [self.answer_ids(a) for a in answers], self.pad_id, pictures)
     return replace(
         rows,
@@ -272,6 +270,8 @@ def hidden(
     cache=None,  # a `transformers` cache, which keeps keys and values
 ) -> torch.Tensor:  # (B, P+A, H)
     "Last hidden states of the language model, acting in a role."
+    if self.family.whole:  # pixels go in with the tokens (appendix D)
+        return self.family.states(self, batch, role)
     embeds, mask = self.embed(batch, role), batch.attends
     if mask is None:
         mask = self.family.attention(self.model, embeds, batch, cache)
@@ -282,6 +282,7 @@ def hidden(
             position_ids=batch.position_ids,
             past_key_values=cache,
             use_cache=cache is not None,
+            **self.family.besides(self.model, batch),
         ).last_hidden_state
 
 # %% ../../nbs/02c_vlm.ipynb #forward-states-2

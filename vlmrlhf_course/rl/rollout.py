@@ -11,6 +11,7 @@ __all__ = ['Rollout', 'finite', 'draw_tokens', 'Running', 'read_prompts', 'count
 import random
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 import torch
 from transformers import DynamicCache
 from ..base.settings import UserError
@@ -125,6 +126,9 @@ def generate_tokens(
     drop: float,  # share of finished rows at which they leave
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # tokens, log-probs, real: each (B, A)
     "The loop: draw a token for every row, read it, until all rows are done."
+    if vlm.family.whole:
+        how = dict(role=role, temperature=temperature, generator=generator)
+        return vlm.family.sample(vlm, batch, role, partial(draw_tokens, vlm, **how), max_new_tokens)
     said = torch.full((len(batch), max_new_tokens), vlm.pad_id, device=vlm.device)
     real = torch.zeros_like(said, dtype=torch.bool)
     run = read_prompts(vlm, batch, role)
