@@ -176,7 +176,8 @@ def test_a_role_comes_and_goes(kind, dtype, prompts, tmp_path):
     loaded = VLM(model.requires_grad_(False), vlm.processor)
     loaded.roles["default"] = Role("default", loaded.language)
     # peft rounds an adapter to its trunk's type while it loads it
-    assert_close(loaded.answer_logits(batch, "default"), want, atol=1e-2, rtol=1e-2)
+    near = 1e-2 if DEVICE == "cpu" else 3e-2
+    assert_close(loaded.answer_logits(batch, "default"), want, atol=near, rtol=near)
 
     whole = plain_model(vlm, "actor")
     assert types(whole) == {dtype}
