@@ -208,6 +208,16 @@ def rows(result: dict) -> str:
     return f"{table(HEAD, body)}\n\n{said}"
 
 
+def path_table(result: dict) -> str:
+    "What stages of a run on a checkpoint of this shape held: read by hand off nvidia-smi's log."
+    body = []
+    for row in result["path"]:
+        layers = "yes" if row["checkpointing"] else "no"
+        held = "more than there was" if row["gb"] is None else number(row["gb"])
+        body.append([row["stage"], layers, held, "yes" if row["ended"] else "no"])
+    return table(["stage", "gradient checkpointing", "GB on the card", "ended"], body)
+
+
 NO_GPU = "benchmarks.gpu: no GPU here (torch.cuda.is_available() is False); it needs one"
 NO_GPU += " with about 80 GB"
 
