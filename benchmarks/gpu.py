@@ -211,7 +211,7 @@ def rows(result: dict) -> str:
 def path_table(result: dict) -> str:
     "What stages of a run on a checkpoint of this shape held: read by hand off nvidia-smi's log."
     body = []
-    for row in result["path"]:
+    for row in result.get("path", []):
         layers = "yes" if row["checkpointing"] else "no"
         held = "more than there was" if row["gb"] is None else number(row["gb"])
         body.append([row["stage"], layers, held, "yes" if row["ended"] else "no"])

@@ -55,7 +55,7 @@ def test_another_result_gives_another_readme(name):
 def test_prose_has_no_measured_figures():
     """Figures live in the generated blocks; outside them a decimal number would go stale (versions
     and code aside)."""
-    text, generated = report.README.read_text("utf-8"), r"<!-- (\w+) -->.*?<!-- /\1 -->"
+    text, generated = report.README.read_text("utf-8"), r"<!-- ([\w.]+) -->.*?<!-- /\1 -->"
     text = re.sub(rf"{generated}|```.*?```|`[^`]*`", "", text, flags=re.S)
     assert not re.findall(r"(?<![\w.-])\d+\.\d+(?![\w.-])|\d+ ?[×x] |\d+ ?%", text)
 
