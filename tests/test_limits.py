@@ -1,15 +1,18 @@
 """What a model may hold at once: answers in parts, and settings that a run may change halfway."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from own_data import checkpoint, lines, recipe, squares
-from report_models import ANSWERS, LORA, make, prompts, shake  # noqa: F401 (fixture)
+from report_models import ANSWERS, LORA, make, picture, prompts, shake  # noqa: F401 (fixture)
 from small_models import push, scores_of
 from torch.testing import assert_close
 
 from vlmrlhf_course.base.settings import UserError
+from vlmrlhf_course.base.stages import uses_of
 from vlmrlhf_course.cli import main
-from vlmrlhf_course.model.memory import Limits
+from vlmrlhf_course.model.memory import FeatureCache, FeaturesConfig, Limits, Seen
 from vlmrlhf_course.model.vlm import VLM, answer, token_logprobs
 from vlmrlhf_course.pipeline import made, own_run
 from vlmrlhf_course.report.evaluate import best_of_n, likelihood, quiz, speak, speak_greedily
@@ -125,6 +128,71 @@ def test_pictures_pass_the_tower_in_parts(prompts, monkeypatch):
     assert found == [1, 1]
 
 
+# --- features within a limit ----------------------------------------------------------------------
+
+
+def counted(vlm, refs) -> int:
+    "How many pictures pass the tower."
+    before = vlm.encoded
+    vlm.picture_features(refs)
+    return vlm.encoded - before
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+@pytest.mark.parametrize("kind", ["llava", "llava_next", "qwen2_5_vl"])
+def test_who_was_not_asked_for_longest_leaves_first(kind, cache, tmp_path):
+    vlm, plain = make(kind), make(kind)
+    a, b, c, d = (picture(tmp_path, 40, 40 + i, name="abcd"[i]) for i in range(4))
+    want = plain.picture_features([a, b, c, d])
+    largest = max(Seen.bytes(x) for x in want)
+    vlm._features = FeatureCache(FeaturesConfig(cache, 3.2 * largest / 2**30))
+    assert counted(vlm, [a, b, c, a]) == 3 and counted(vlm, [c, b, a]) == 0
+    assert counted(vlm, [d]) == 1, "d takes the place of c, the longest unasked"
+    assert counted(vlm, [a, b, d]) == 0 and counted(vlm, [c]) == 1 and counted(vlm, [b, d]) == 0
+    assert vlm._features.held == sum(Seen.bytes(x) for x in vlm._features.values())
+    assert vlm._features.held <= 3.2 * largest
+    if cache == "disk":
+        assert len(list(Path(vlm._features.folder.name).iterdir())) == len(vlm._features)
+    for found, x in zip(vlm.picture_features([a, b, c, d]), want):
+        assert_close(found.features, x.features, atol=1e-6, rtol=1e-5)
+        assert (found.size is None) == (x.size is None)
+        assert x.size is None or torch.equal(found.size, x.size)
+
+
+def test_what_is_kept_is_what_was_seen(prompts):
+    "Bit by bit, from the host and from its disk; and no batch waits behind one of its pictures."
+    refs, found = [p.image for p in prompts], []
+    for cache in ("memory", "disk", "off"):
+        vlm = make(dtype=torch.bfloat16)
+        vlm._features = FeatureCache(FeaturesConfig(cache))
+        first, again = vlm.features(refs), vlm.features(refs)
+        assert torch.equal(first, again) and vlm.encoded == (4 if cache == "off" else 2)
+        found.append(first)
+        for x, _ in vlm._features.values():
+            assert x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    assert all(torch.equal(x, found[0]) for x in found)
+
+
+def test_a_picture_that_is_written_anew(tmp_path):
+    vlm = make()
+    vlm._features = FeatureCache(FeaturesConfig())
+    file = picture(tmp_path, 40, 40, name="a")
+    before = vlm.features([file])
+    picture(tmp_path, 44, 40, name="a")
+    assert not torch.equal(vlm.features([file]), before) and vlm.encoded == 2
+
+
+def test_a_changed_tower_empties_the_cache(prompts):
+    vlm = make()
+    vlm._features = FeatureCache(FeaturesConfig("disk"))
+    refs = [p.image for p in prompts]
+    before = vlm.features(refs)
+    for p in vlm.tower.parameters():
+        p.data.mul_(1.3)
+    assert not torch.allclose(vlm.features(refs), before) and vlm.encoded == 4
+    assert len(list(Path(vlm._features.folder.name).iterdir())) == 2
+
+
 # --- settings -------------------------------------------------------------------------------------
 
 
@@ -145,22 +213,36 @@ def test_memory_may_be_changed_between_two_stages(own, tmp_path, capsys):
     less = ["--set", "model.gradient_checkpointing=true", "rollout.batch=3", "ppo.iterations=1"]
     assert main(["ppo", *given, *less]) == 0
     assert (tmp_path / "run" / "reward" / "done.json").read_bytes() == done
-    assert made(tmp_path / "run" / "ppo").vlm.limits == Limits(True, 3), "as the run's config says"
+    assert made(tmp_path / "run" / "ppo").vlm.limits == Limits(True, 3, FeaturesConfig()), (
+        "as the run's config says"
+    )
     assert main(["ppo", *given, "--set", "ppo.iterations=1"]) == 0, "and back again"
     assert main(["ppo", *given, "--set", "ppo.iterations=1", "model.dtype=bfloat16"]) == 2
     assert "made with other settings (model.dtype)" in capsys.readouterr().err
 
 
 def test_a_model_knows_its_limits(own, tmp_path):
-    run = own_run(tmp_path / "run", **own, rollout=dict(batch=5))
-    assert run.source.model(0).limits == Limits(batch=5)
-    assert "rollout" in run.used and "rollout" not in run.uses(*run.used.keys() - {"rollout"})
+    given = dict(rollout=dict(batch=5), features=dict(cache="disk", limit_gb=1.5))
+    run = own_run(tmp_path / "run", **own, **given)
+    kept = FeaturesConfig("disk", 1.5)
+    vlm = run.source.model(0)
+    assert vlm.limits == Limits(True, 5, kept) and vlm._features.cfg == kept
+    assert {"rollout", "features"} <= run.used.keys()
+    assert not {"rollout", "features"} & uses_of(run, "ppo").keys()
 
 
-@pytest.mark.parametrize("given", [dict(batch=-1), dict(bach=2)])
-def test_bad_limits(given, own, tmp_path):
-    with pytest.raises(UserError, match="rollout"):
-        own_run(tmp_path / "run", **own, rollout=given)
+@pytest.mark.parametrize(
+    "section, given",
+    [
+        ("rollout", dict(batch=-1)),
+        ("rollout", dict(bach=2)),
+        ("features", dict(limit_gb=0)),
+        ("features", dict(cache="dsk")),
+    ],
+)
+def test_bad_limits(section, given, own, tmp_path):
+    with pytest.raises(UserError, match=section):
+        own_run(tmp_path / "run", **own, **{section: given})
 
 
 def test_the_drawn_world_has_no_such_section(tmp_path, capsys):

@@ -1,22 +1,29 @@
-"""Layers that are computed again on the way back: the same gradients, in less memory."""
+"""Layers that are computed again on the way back, and logits in slices: the same gradients, in less
+memory."""
 
 import pytest
 import torch
-from report_models import COPY, LORA, full, make, prompts, shake  # noqa: F401 (fixture)
+from report_models import COPY, DEVICE, LORA, full, make, prompts, shake  # noqa: F401 (fixture)
 from small_models import experience_of, loss_of
 from torch import nn
+from torch.testing import assert_close
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlmrlhf_course.base.settings import UserError
-from vlmrlhf_course.model.family import FAMILIES
-from vlmrlhf_course.model.memory import Limits, recomputing
+from vlmrlhf_course.model.family import FAMILIES, WORDS, tiny_model
+from vlmrlhf_course.model.memory import MOST_LOGITS, Limits, of_tokens, recomputing
 from vlmrlhf_course.model.roles import LoRAConfig
+from vlmrlhf_course.model.vlm import VLM, token_logprobs
+from vlmrlhf_course.report.evaluate import EvaluateConfig, likelihood, speak
+from vlmrlhf_course.rl.algorithm import read_answers
 from vlmrlhf_course.rl.grpo import GRPO, GRPOConfig
 from vlmrlhf_course.rl.ppo import PPO, PPOConfig
 from vlmrlhf_course.rl.rollout import sample
+from vlmrlhf_course.rl.state import where_it_moved
 from vlmrlhf_course.train.dpo import DPOConfig, DPOTask
 from vlmrlhf_course.train.reward import RewardConfig, RewardModel, RewardTask
 from vlmrlhf_course.train.sft import SFTConfig, SFTTask, learn_part, sft_groups
+from vlmrlhf_course.world.pretrain import pretrained_vlm
 
 AGAIN = Limits(gradient_checkpointing=True)
 SOME = ["llava", "qwen2_5_vl", "gemma3"]
@@ -210,3 +217,121 @@ def test_a_model_without_such_layers_is_refused():
     with pytest.raises(UserError, match="Linear has no layers for it; set it to false"):
         with recomputing(nn.Linear(2, 2), lambda: None):
             pass
+
+
+# --- logits in slices -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sliced(monkeypatch):
+    "Call it, and logits come in slices of seven tokens. Gives how many numbers each slice has."
+    made, plain = [], VLM.logits
+
+    def counted(self, hidden, role=None):
+        out = plain(self, hidden, role)
+        made.append(out.numel())
+        return out
+
+    monkeypatch.setattr(VLM, "logits", counted)
+
+    def few(vlm):
+        made.clear()
+        monkeypatch.setattr("vlmrlhf_course.model.memory.MOST_LOGITS", 7 * vlm.words + 3)
+        return made
+
+    return few
+
+
+def slopes(loss, weights):
+    return torch.autograd.grad(loss, weights, allow_unused=True)
+
+
+def near(few, whole):
+    for a, b in zip(few, whole, strict=True):
+        assert (a is None) == (b is None)
+        if b is not None:
+            assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind, dtype", CASES)
+def test_tasks_in_slices(kind, dtype, prompts, sliced):
+    "Losses and gradients of PPO with an anchor, of DPO with a copy, and of SFT."
+    rm = judged(kind, dtype).requires_grad_(False)
+    vlm = rm.vlm
+    policy = PPO(rm, PPOConfig(lora=LORA, max_new_tokens=6, anchor=0.5))
+    policy.learn()
+    shake(vlm, "actor", 0.1)
+    exp, _ = experience_of(policy, rm, sample(vlm, prompts * 3, "actor", max_new_tokens=6))
+    exp.remember = tuple(prompts)
+    part = policy.collate([(exp, row) for row in range(6)])
+    dpo = DPOTask(vlm, DPOConfig(lora=COPY))
+    batch = dpo.collate(pairs_about(prompts))
+    sft = SFTTask(vlm, "actor")
+    told = sft.collate(prompts * 3)
+
+    def everything():
+        (paid, figures), wanted = policy(part), dpo(batch)[0]
+        losses = [paid, wanted, sft(told)[0]]
+        found = [slopes(losses[i], r.trained()) for i, r in ((0, policy.actor), (1, dpo.role))]
+        return [*losses, torch.tensor(figures["entropy"])], *found
+
+    whole = everything()
+    made = sliced(vlm)
+    few = everything()
+    assert made and max(made) <= 7 * vlm.words
+    for a, b in zip(few, whole):
+        near(a, b)
+
+
+def test_scores_in_slices(prompts, sliced):
+    "What is read without gradients: the reference, KL of several kinds, likelihoods."
+    rm = judged("llava", torch.float32).requires_grad_(False)
+    vlm, said = rm.vlm, [p.answer for p in prompts * 3]
+    policy = PPO(rm, PPOConfig(lora=LORA, max_new_tokens=6))
+    shake(vlm, "actor", 0.1)
+    roll = sample(vlm, prompts * 3, "actor", max_new_tokens=6)
+
+    def everything():
+        reading = read_answers(rm, roll, 8)
+        moved = where_it_moved(policy, roll, reading)
+        _, kl = speak(vlm, prompts * 3, "actor", temperature=0.8)
+        return (
+            reading.ref,
+            likelihood(vlm, prompts * 3, said),
+            *map(torch.tensor, moved.values()),
+            kl,
+        )
+
+    with torch.no_grad():
+        *whole, kl = everything()
+        made = sliced(vlm)
+        *few, again = everything()
+    assert made and max(made) <= 7 * vlm.words
+    near(few, whole)
+    assert abs(again - kl) < 1e-4 and kl > 0.01
+
+
+def test_little_is_alive_on_the_way_back(prompts, sliced):
+    "Of all logits nothing waits: a slice is made again when its turn comes."
+    model, processor = tiny_model("llava", [*WORDS, *(f"word{i}" for i in range(3000))])
+    vlm = VLM(model.requires_grad_(False).to(DEVICE), processor)
+    vlm.add_role("actor", LORA)
+    batch, found = full(vlm, prompts * 8), []
+
+    def loss():
+        def said(tokens, logits):
+            return token_logprobs(vlm.rule_out(logits), tokens)
+
+        return of_tokens(vlm, batch, said, "actor").sum()
+
+    states = saved_bytes(vlm, lambda: vlm.answer_states(batch, "actor"))
+    found.append(saved_bytes(vlm, loss) - states)
+    sliced(vlm)
+    found.append(saved_bytes(vlm, loss) - states)
+    assert found[1] < found[0] / 10, found
+
+
+def test_the_drawn_world_never_reaches_the_bound():
+    "Of everything that is computed at once there: pictures of a report, and the longest answers."
+    vlm = pretrained_vlm(0)
+    assert EvaluateConfig().scenes * (PPOConfig().max_new_tokens + 1) * vlm.words < MOST_LOGITS

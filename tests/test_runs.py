@@ -17,6 +17,8 @@ from vlmrlhf_course.base.folders import lock, unlock
 from vlmrlhf_course.base.runs import META, Run, cached_run
 from vlmrlhf_course.base.settings import Settings, UserError, load_settings, nearest
 from vlmrlhf_course.base.stages import (
+    MEANS,
+    SOURCES,
     STAGES,
     before,
     config_of,
@@ -88,7 +90,7 @@ class TestLayers:
     def test_every_scale_is_valid(self, scale, tmp_path):
         run = Run(tmp_path, scale)
         known = stage_names(run.layers)
-        assert {*run.layers} <= {"world", *known}
+        assert {*run.layers} <= {*SOURCES, *MEANS, *known}
         assert {*STAGES} <= {*known}
         for name in known:
             assert isinstance(config_of(run, name), STAGES[kind_of(run.layers, name)].config)

@@ -22,7 +22,7 @@ from .base.settings import UserError, home
 from .data.known import Known
 from .data.own import DataConfig, asked, digest_at, good_rows, splits_of
 from .data.prompts import Prompt
-from .model.memory import Limits
+from .model.memory import FeatureCache, FeaturesConfig, Limits
 from .model.vlm import VLM, load_vlm
 from .report.evaluate import yes_or_no
 from .train.fit import in_epochs
@@ -79,7 +79,7 @@ def load_checkpoint(cfg: ModelConfig, limits: Limits = Limits(), path=None) -> V
     if cfg.attention != "auto":
         settings["attn_implementation"] = cfg.attention
     vlm = load_vlm(path or folder_of(cfg), cfg.trust_remote_code, **settings)
-    vlm.limits = limits
+    vlm.limits, vlm._features = limits, FeatureCache(limits.features)
     return vlm
 
 # %% ../nbs/99k_own_source.ipynb #source
@@ -199,4 +199,5 @@ def own_source(run: Run) -> OwnSource | None:
 def limits_of(run: Run, model: ModelConfig) -> Limits:
     "What its sections allow a run's model to hold in memory."
     rollout = run.section("rollout", RolloutConfig)
-    return Limits(model.gradient_checkpointing, rollout.batch)
+    features = run.section("features", FeaturesConfig)
+    return Limits(model.gradient_checkpointing, rollout.batch, features)

@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model as load_into
 from .files import SIGNATURE, added, aside, changed, damage, half_written
 from .files import manifest, remove, seal, sweep, to_disk
 from .launch import lost_peer, share, together
@@ -275,7 +276,9 @@ def _is_free(self: Checkpoints, place) -> bool:
 
 @patch
 def _write(self: Checkpoints, place, metrics):
+    hook = self.accelerator.register_save_state_pre_hook(_leave_out)
     self.accelerator.save_state(str(place))
+    hook.remove()
     self.accelerator.wait_for_everyone()
     if self.accelerator.is_main_process:
         # Pickles of Python's own; what is drawn depends on seed and step alone.
@@ -283,6 +286,29 @@ def _write(self: Checkpoints, place, metrics):
             remove(random_state)
         torch.save([o.state_dict() for o in self.objects], place / "objects.pt")
         (place / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+
+# %% ../../nbs/98_checkpoints.ipynb #checkpoints-rest
+def _at_rest(model) -> set[str]:
+    "Names of weights that do not learn: who goes on has built, or loaded, them already."
+    every = model.named_parameters(remove_duplicate=False)
+    return {name for name, p in every if not p.requires_grad}
+
+
+def _leave_out(models, weights, place):
+    "As accelerate calls it: what rests is not saved."
+    for model, state in zip(models, weights):
+        for name in _at_rest(model) & state.keys():
+            del state[name]
+
+
+def _load_learned(models, place):
+    "As accelerate calls it: load what learns, all of it, in the place of everything."
+    for model in models:
+        missing, strange = load_into(model, Path(place) / "model.safetensors", strict=False)
+        wrong = {*missing} - _at_rest(model) | {*strange}
+        if wrong:
+            raise ValueError(f"{sorted(wrong)[0]} is missing, or too much")
+    models.clear()
 
 # %% ../../nbs/98_checkpoints.ipynb #checkpoints-load
 @patch
@@ -302,7 +328,9 @@ def load(self: Checkpoints, step: int | None = None) -> int:
 
 @patch
 def _read(self: Checkpoints, place):
+    hook = self.accelerator.register_load_state_pre_hook(_load_learned)
     self.accelerator.load_state(str(place))
+    hook.remove()
     device = self.accelerator.device
     states = torch.load(place / "objects.pt", map_location=device, weights_only=True)
     for thing, state in zip(self.objects, states, strict=True):

@@ -68,7 +68,10 @@ def check_name(name: str):
 
 
 SOURCES = ("world", "model", "data")  # sections that say where prompts and pairs come from
-MEANS = ("rollout",)  # … and such as say how is computed what they lead to; no record names them
+MEANS = (
+    "rollout",
+    "features",
+)  # … and such as say how is computed what they lead to; no record names them
 
 # %% ../../nbs/90c_stages.ipynb #names
 def kind_of(layers: dict, name: str) -> str:

@@ -25,7 +25,7 @@ from .export import plain_model
 from .family import family_of, load_processor
 from .layout import empty_pictures
 from .precision import HALF, Widened, at_least_single
-from .memory import Limits, passing
+from .memory import FeatureCache, Limits, Seen, passing
 from .packing import pack, packing_size, same_prompts
 from .roles import Role, Roles, handed_in
 
@@ -47,7 +47,7 @@ class VLM(Roles):
         self.roles: dict[str, Role] = {}
         self.limits = Limits()  # of memory: appendix Z
         self.encoded = 0  # pictures that have passed the tower
-        self._features, self._prompts, self._stamp = {}, {}, None
+        self._features, self._prompts, self._stamp = FeatureCache(), {}, None
         self._empty = {}  # what is known of pictures' sizes: see `empty_pictures`
 
     device = property(lambda self: self.model.get_input_embeddings().weight.device)
@@ -142,7 +142,7 @@ def picture_features(
     self: VLM,
     images: list[str],  # picture references, see `open_image`
     chunk: int = 128,  # pictures encoded at once, where all have one size
-) -> list[tuple[torch.Tensor, torch.Tensor | None]]:  # see `Family.read_pictures`
+) -> list[Seen]:
     """What the projector reads of each picture, and its size where the family needs that.
 
     Each different picture (`picture_key`) passes the tower once while the tower is frozen;
@@ -154,8 +154,9 @@ def picture_features(
     if stamp != self._stamp or trains:
         self._features.clear()
     self._stamp = stamp
-    known = {} if trains else self._features
+    kept = {} if trains else self._features
     keys = {ref: picture_key(ref) for ref in images}
+    known = {key: kept[key].to(self.device) for key in keys.values() if key in kept}
     new = [ref for ref in keys if keys[ref] not in known]
     step = self.limits.most(chunk) if self.family.uniform else 1
     with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
@@ -164,7 +165,9 @@ def picture_features(
             pictures = [open_image(ref, self.side) for ref in refs]
             with passing(self, self.tower):
                 seen = self.family.read_pictures(self.model, self.processor, pictures)
-            known.update(zip([keys[ref] for ref in refs], seen))
+            found = {keys[ref]: Seen(*parts) for ref, parts in zip(refs, seen)}
+            known.update(found)
+            kept.update(found)
             self.encoded += len(refs)
     return [known[keys[ref]] for ref in images]
 

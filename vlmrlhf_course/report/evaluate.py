@@ -21,7 +21,7 @@ from ..base.metrics import progress, seed_of
 from ..base.settings import UserError
 from ..data.prompts import Prompt, references
 from ..data.source import Source
-from ..model.memory import in_parts
+from ..model.memory import in_parts, of_tokens
 from ..model.vlm import Speaker, VLM, answer, token_logprobs
 from ..rl.kl import full_kl
 from ..rl.rollout import sample, texts
@@ -120,14 +120,17 @@ def speak(
 ) -> tuple[list[str], float]:  # answers, and the mean KL of a whole answer from the reference at 1
     "Answer prompts in a role."
     said, kl, chunk = [], 0.0, vlm.limits.most(chunk)
+
+    def away(tokens, now, before):
+        return full_kl(vlm.rule_out(now / temperature), vlm.rule_out(before))
+
     for i in range(0, len(prompts), chunk):
         part = prompts[i : i + chunk]
         roll = sample(vlm, part, role, temperature, seed=seed_of(seed, i))
         said += texts(vlm, roll)
         if role or temperature != 1:
-            now = vlm.rule_out(vlm.answer_logits(roll.batch, role) / temperature)
-            before = vlm.rule_out(vlm.answer_logits(roll.batch))
-            kl += float((full_kl(now, before) * roll.batch.answer_mask).sum()) / len(prompts)
+            apart = of_tokens(vlm, roll.batch, away, role, None)
+            kl += float((apart * roll.batch.answer_mask).sum()) / len(prompts)
     return said, kl
 
 # %% ../../nbs/11_evaluate.ipynb #speak-rivals
@@ -146,11 +149,12 @@ def speak_greedily(
 
 def likelihood(vlm: VLM, prompts: list[Prompt], said: list[str]) -> torch.Tensor:
     "(B,) log π_ref(answer) of whole answers."
-    found = []
-    for b in in_parts(vlm.batch(prompts, said), vlm.limits):
-        logprobs = token_logprobs(vlm.rule_out(vlm.answer_logits(b), b.answers), b.answers)
-        found.append((logprobs * b.answer_mask).sum(1))
-    return torch.cat(found)
+
+    def each(tokens, logits):
+        return token_logprobs(vlm.rule_out(logits, tokens), tokens)
+
+    parts = in_parts(vlm.batch(prompts, said), vlm.limits)
+    return torch.cat([(of_tokens(vlm, b, each, None) * b.answer_mask).sum(1) for b in parts])
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from ..base.config import check_choices, check_mixture, check_ranges
 from ..base.settings import nearest
 from ..data.prompts import KINDS, Prompt
 from ..model.batch import Batch
+from ..model.memory import of_tokens
 from ..model.roles import LoRAConfig, ParamGroup, merged
 from ..model.vlm import token_logprobs
 from .kl import CONTROLLERS, full_kl
@@ -136,7 +137,7 @@ class Reading:
             out[rows, : x.shape[1]] = x
         return out
 
-
+# %% ../../nbs/09c_algorithm.ipynb #read-answers
 @torch.no_grad()
 def read_answers(rm: RewardModel, roll: Rollout, at_once: int) -> Reading:
     "Read sampled answers with the reference and the reward model, `at_once` at a time."
@@ -147,9 +148,11 @@ def read_answers(rm: RewardModel, roll: Rollout, at_once: int) -> Reading:
     def parts():
         return map(batch.rows, reading.groups)  # made anew each time: features are large
 
+    def said(tokens, logits):
+        return token_logprobs(vlm.rule_out(logits), tokens, roll.temperature)
+
     def reference(b: Batch) -> torch.Tensor:
-        logits = vlm.rule_out(vlm.answer_logits(b))
-        logprobs = token_logprobs(logits, b.answers, roll.temperature)
+        logprobs = of_tokens(vlm, b, said, None)
         return torch.where(b.answer_mask, logprobs, 0.0)  # else −10³⁸: padding is ruled out
 
     A = batch.answers.shape[1]
@@ -209,15 +212,21 @@ class Algorithm(nn.Module):
         "Trained weights: peak rate and schedule of each. (A role's own default is constant.)"
         return [self.actor.group(self.cfg.actor_lr, lambda step: phase(step, self.cfg)[1])]
 
-    def policy(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        "Log-probabilities (B, A) of the answers under the actor, 0 at padding; and entropy (B, A)."
-        logits = self.vlm.rule_out(self.vlm.answer_logits(batch, self.actor.name))
-        logprobs = token_logprobs(logits, batch.answers, self.cfg.temperature)
+# %% ../../nbs/09c_algorithm.ipynb #algorithm-task
+@patch
+def policy(self: Algorithm, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    "Log-probabilities (B, A) of the answers under the actor, 0 at padding; and entropy (B, A)."
+
+    def said(tokens, logits):
+        logits = self.vlm.rule_out(logits)
         warm = logits.detach() / self.cfg.temperature
         entropy = torch.distributions.Categorical(logits=warm, validate_args=False).entropy()
-        return torch.where(batch.answer_mask, logprobs, 0.0), entropy
+        return token_logprobs(logits, tokens, self.cfg.temperature), entropy
 
-# %% ../../nbs/09c_algorithm.ipynb #algorithm-task
+    logprobs, entropy = of_tokens(self.vlm, batch, said, self.actor.name)
+    return torch.where(batch.answer_mask, logprobs, 0.0), entropy
+
+
 @patch
 def learn(self: Algorithm):
     "Let the algorithm's roles learn, and nothing else."
@@ -260,10 +269,12 @@ def forgotten(self: Algorithm, prompts: tuple[Prompt, ...]) -> torch.Tensor:
     """KL[reference‖policy] over the answer tokens of demonstrations, summed: how far the policy has
     moved where nobody asks it. Source: Li & Hoiem 2016 (learning without forgetting)."""
     batch = self.vlm.batch(list(prompts), [p.answer for p in prompts])
-    logits = self.vlm.rule_out(self.vlm.answer_logits(batch, self.actor.name))
-    with torch.no_grad():
-        before = self.vlm.rule_out(self.vlm.answer_logits(batch))
-    return (full_kl(logits, before, "ref||policy") * batch.answer_mask).sum()
+
+    def apart(tokens, logits, before):
+        return full_kl(*map(self.vlm.rule_out, (logits, before)), "ref||policy")
+
+    kl = of_tokens(self.vlm, batch, apart, self.actor.name, None)
+    return (kl * batch.answer_mask).sum()
 
 # %% ../../nbs/09c_algorithm.ipynb #phase
 def phase(step: int, cfg: RLConfig) -> tuple[str, float, float]:

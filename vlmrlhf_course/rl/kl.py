@@ -10,6 +10,7 @@ __all__ = ['CONTROLLERS', 'full_kl', 'kl_estimate', 'adaptive_beta', 'proportion
 from dataclasses import dataclass
 import torch
 from ..model.batch import Batch
+from ..model.memory import in_slices
 from ..model.vlm import VLM, masked_mean
 
 # %% ../../nbs/08_kl.ipynb #full
@@ -106,7 +107,12 @@ def grounded_mask(
     threshold: float = 0.1,  # in nats
 ) -> torch.Tensor:  # (B, A), True where the picture decides
     "Answer tokens whose reference distribution depends on the picture."
-    effect = full_kl(vlm.answer_logits(batch), vlm.answer_logits(blank))
+    states = [vlm.answer_states(b)[:, :-1] for b in (batch, blank)]
+
+    def apart(seen, unseen):
+        return full_kl(vlm.logits(seen), vlm.logits(unseen))
+
+    effect = in_slices(apart, vlm.words, *states)
     return (effect > threshold) & batch.answer_mask
 
 

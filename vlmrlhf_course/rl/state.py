@@ -11,6 +11,7 @@ import torch
 from fastcore.basics import patch
 from ..base.settings import UserError
 from ..data.prompts import Prompt, references
+from ..model.memory import of_tokens
 from .algorithm import Algorithm, RLConfig, Reading, read_answers
 from .kl import CONTROLLERS, full_kl, grounded_mask, kl_by_grounding, kl_estimate
 from .rewards import Scores
@@ -112,11 +113,14 @@ def where_it_moved(algorithm: Algorithm, roll: Rollout, reading: Reading) -> dic
     (`kl_prior`), and the grounded tokens' share of all KL. Over the vocabulary, not the sample."""
     vlm, kls, grounded = algorithm.vlm, [], []
     blank = [replace(p, image=references(p.image, "blank") or None) for p in roll.prompts]
+
+    def apart(tokens, now, before):
+        return full_kl(vlm.rule_out(now), vlm.rule_out(before))
+
     for rows in reading.groups:
         part = roll.batch.rows(rows)
         said = [ids[:n].tolist() for ids, n in zip(part.answers, part.lengths.tolist())]
-        now = vlm.rule_out(vlm.answer_logits(part, algorithm.actor.name))
-        kls.append(full_kl(now, vlm.rule_out(vlm.answer_logits(part))))
+        kls.append(of_tokens(vlm, part, apart, algorithm.actor.name, None))
         unseen = vlm.batch([blank[row] for row in rows.tolist()], said)
         grounded.append(grounded_mask(vlm, part, unseen))
     length, mask = roll.batch.answers.shape[1], roll.batch.answer_mask

@@ -16,6 +16,7 @@ from ..base.settings import notice
 from ..base.stages import STAGES, Stage, Task
 from ..data.pairs import group_pairs
 from ..model.batch import Batch
+from ..model.memory import of_tokens
 from ..model.roles import LoRAConfig
 from ..model.vlm import Speaker, VLM, token_logprobs
 from .fit import FitConfig, fit, in_epochs
@@ -76,8 +77,11 @@ class DPOTask(nn.Module):
 
     def logprobs(self, batch: Batch, role: str | None) -> torch.Tensor:
         "(B,) of whole answers."
-        logits = self.vlm.rule_out(self.vlm.answer_logits(batch, role), batch.answers)
-        return (token_logprobs(logits, batch.answers) * batch.answer_mask).sum(1)
+
+        def said(tokens, logits):
+            return token_logprobs(self.vlm.rule_out(logits, tokens), tokens)
+
+        return (of_tokens(self.vlm, batch, said, role) * batch.answer_mask).sum(1)
 
     def forward(self, batch):
         batch, pairs, _ = batch

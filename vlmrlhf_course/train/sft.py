@@ -21,6 +21,7 @@ from ..data.prompts import KINDS, Prompt
 from ..data.source import Source
 from ..model.precision import at_least_single
 from ..model.export import save_plain
+from ..model.memory import of_tokens
 from ..model.roles import LoRAConfig, ParamGroup, Role
 from ..model.vlm import VLM, load_vlm, save_vlm, token_logprobs
 from .fit import FitConfig, converged, fit, learning
@@ -43,7 +44,11 @@ class SFTTask(nn.Module):
 
     def forward(self, batch):
         "Sum of losses over answer tokens, and metrics."
-        logprobs = token_logprobs(self.vlm.answer_logits(batch, self.role), batch.answers)
+
+        def said(tokens, logits):
+            return token_logprobs(logits, tokens)
+
+        logprobs = of_tokens(self.vlm, batch, said, self.role)
         return -(logprobs * batch.answer_mask).sum(), {}
 
 # %% ../../nbs/03b_sft.ipynb #stages
