@@ -1098,6 +1098,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'vlmrlhf_course/data/known.py'),
                                            'vlmrlhf_course.data.known._database': ('known.html#_database', 'vlmrlhf_course/data/known.py'),
                                            'vlmrlhf_course.data.known._opened': ('known.html#_opened', 'vlmrlhf_course/data/known.py'),
+                                           'vlmrlhf_course.data.known._write': ('known.html#_write', 'vlmrlhf_course/data/known.py'),
                                            'vlmrlhf_course.data.known.known_file': ( 'known.html#known_file',
                                                                                      'vlmrlhf_course/data/known.py'),
                                            'vlmrlhf_course.data.known.reader_digest': ( 'known.html#reader_digest',

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Callable
+from fastcore.basics import patch
 from .base.config import build_config, check_choices
 from .base.records import digest_of
 from .base.runs import Run
@@ -109,8 +110,7 @@ class OwnSource:
     splits = ("train", "validation", "test")
 
     def __init__(self, model: ModelConfig, data: DataConfig, skipped: dict | None = None):
-        self.checkpoint, self.data, self.skipped = model, data, skipped
-        self.known = Known()
+        self.checkpoint, self.data, self.skipped, self.known = model, data, skipped, Known()
         self.truth = self.judge = lambda *asked: None
         self.choices = self.parts = self.mark = lambda *asked: []
 
@@ -118,15 +118,6 @@ class OwnSource:
     def found(self) -> tuple[str, dict[str, list[dict]]]:
         "What the data are, and the rows of each split; read when somebody asks."
         return splits_of(self.data, self.skipped, self.known.look)
-
-    @property
-    def pictures(self) -> str:
-        "A digest of all pictures."
-        return self.known.content(sum(self.found[1].values(), []))
-
-    def fault(self, row: dict, vlm=None) -> str | None:
-        "What is wrong with a row, as it is said or was said before."
-        return self.known.fault(row, vlm)
 
     def model(self, seed: int) -> VLM:
         return load_checkpoint(self.checkpoint)
@@ -152,6 +143,18 @@ class OwnSource:
 
     def quiz(self, prompts: list[Prompt]) -> list[Prompt]:
         return [p for p in prompts if yes_or_no(p.answer) is not None]
+
+# %% ../nbs/99k_own_source.ipynb #source-known
+@patch(as_prop=True)
+def pictures(self: OwnSource) -> str:
+    "A digest of all pictures that the data show."
+    return self.known.content(sum(self.found[1].values(), []))
+
+
+@patch
+def fault(self: OwnSource, row: dict, vlm=None) -> str | None:
+    "What is wrong with a row, as it is said or was said before."
+    return self.known.fault(row, vlm)
 
 # %% ../nbs/99k_own_source.ipynb #of-run
 SECTIONS = ("model", "data")

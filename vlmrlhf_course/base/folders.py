@@ -42,7 +42,7 @@ def same_settings(file: Path, uses: dict) -> bool:
         )
     return True
 
-
+# %% ../../nbs/90b_folders.ipynb #record-words
 def _in_words(key: str, was, now) -> str:
     "A setting that has changed; of several contents, those that are not as they were."
     if not (isinstance(was, dict) and isinstance(now, dict)):

@@ -44,7 +44,7 @@ def examine(path: str, cfg: DataConfig, vlm=None, known: Known | None = None) ->
     known.save()
     return Examined(kind, good, faults)
 
-
+# %% ../../nbs/99l_examine.ipynb #examine-words
 def by_kind(faults: dict[str, str]) -> Counter:
     "How often each kind of fault occurs: numbers and names in a message are not its kind."
     return Counter(re.sub(r"'[^']*'|\S*[/\\]\S*|\d+", "…", fault)[:90] for fault in faults.values())

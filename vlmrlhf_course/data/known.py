@@ -11,7 +11,7 @@ import os
 import sqlite3
 from importlib.metadata import version
 from pathlib import Path
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 from fastcore.basics import patch
 from ..base.records import digest_of, read_picture
 from ..base.settings import home, load_settings, notice, open_regular
@@ -48,13 +48,28 @@ def _database(file: Path) -> sqlite3.Connection:
     return found
 
 # %% ../../nbs/99jb_known.ipynb #known
+def _write(db: sqlite3.Connection, new: dict[str, list[tuple]]):
+    "Write entries. Where that fails, they are found out again next time."
+    for table, entries in new.items():
+        if not entries:
+            continue
+        marks = ",".join("?" * len(entries[0]))
+        try:
+            with db:
+                db.executemany(f"insert or replace into {table} values ({marks})", entries)
+        except sqlite3.Error as e:
+            notice(f"what was checked is not kept ({e})")
+        entries.clear()
+
+# %% ../../nbs/99jb_known.ipynb #known-class
 class Known:
-    "What was looked at before. Writes a thousand entries at once, and what is left with `save`."
+    "What was looked at before. Writes a thousand entries at once, and what is left in the end."
 
     def __init__(self, file: Path | None = None):  # None: in the user's cache
         self.db, self.new = _database(file or known_file()), {"pictures": [], "rows": []}
         self.digests = {}  # reference → digest of a picture's bytes, while it is one
         self.readers = WeakKeyDictionary()  # VLM → what decides how it reads
+        finalize(self, _write, self.db, self.new)  # also at the end of the process
 
     def look(self, rows: list[dict]):
         "Open each picture of some rows that is not known yet, once: for its size and its digest."
@@ -76,15 +91,8 @@ class Known:
             return None
 
     def save(self):
-        "Write what is new. Where that fails, it is found out again next time."
-        for table, entries in self.new.items():
-            marks = ",".join("?" * len(entries[0])) if entries else ""
-            try:
-                with self.db:
-                    self.db.executemany(f"insert or replace into {table} values ({marks})", entries)
-            except sqlite3.Error as e:
-                notice(f"what was checked is not kept ({e})")
-            entries.clear()
+        "Write what is new."
+        _write(self.db, self.new)
 
     def _keep(self, table: str, *entry):
         self.new[table].append(entry)
