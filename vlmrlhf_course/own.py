@@ -150,12 +150,6 @@ def pictures(self: OwnSource) -> str:
     "A digest of all pictures that the data show."
     return self.known.content(sum(self.found[1].values(), []))
 
-
-@patch
-def fault(self: OwnSource, row: dict, vlm=None) -> str | None:
-    "What is wrong with a row, as it is said or was said before."
-    return self.known.fault(row, vlm)
-
 # %% ../nbs/99k_own_source.ipynb #of-run
 SECTIONS = ("model", "data")
 
