@@ -19,8 +19,7 @@ from vlmrlhf_course.model.family import FAMILIES, tiny_model
 from vlmrlhf_course.model.vlm import VLM, save_vlm
 
 N = 160  # pairs of each file
-# One question about 32 pixels teaches little: many epochs, and pairs that words alone tell apart.
-MORE = SECONDS.replace("reward: {epochs: 4,", "reward: {epochs: 6,")
+MORE = SECONDS.replace("reward: {epochs: 4,", "reward: {epochs: 6,")  # there is much to learn
 ROW = "| {name} | {format} | {accuracy:.2f} | {pixels:.2f} | {loads} | {seconds:.0f} s |"
 HEAD = "| family | format | pair accuracy | pictures exchanged | exported policy loads | time |"
 
@@ -57,10 +56,10 @@ def tried(kind: str, format: str, rows: list[dict], folder: Path) -> dict:
     return found | dict(name=kind, format=format)
 
 
-def table(folder: Path, wanted: tuple[str, ...] = ("",)) -> list[dict]:
+def table(folder: Path, wanted: tuple[str, ...] = ("",), n: int = N) -> list[dict]:
     "One row for each pair that is wanted; the file grows while they are made."
     folder.mkdir(parents=True, exist_ok=True)
-    rows, found = pairs(N), []
+    rows, found = pairs(n), []
     lines = [HEAD, "|---|---|---|---|---|---|"]
     for kind, format in itertools.product(FAMILIES, SETS):
         if any(part in f"{kind}/{format}" for part in wanted):
