@@ -8,7 +8,15 @@ import importlib
 import pytest
 from test_structure import NOTEBOOKS, code_cells, python_of
 
-OWN = ("own", "data.own", "data.examine", "data.prompts")
+OWN = (
+    "own",
+    "data.own",
+    "data.files",
+    "data.known",
+    "data.examine",
+    "data.prompts",
+    "model.layout",
+)
 ROOMS = ("classroom", "grading", *OWN)  # whose notebooks need nothing but a moment
 EXPORTS = "#| default_exp "
 

@@ -105,8 +105,8 @@ class OwnSource:
     splits = ("train", "validation", "test")
 
     def __init__(self, model: ModelConfig, data: DataConfig, skipped: dict | None = None):
-        self.checkpoint, self.data, self.skipped, self.limits = model, data, skipped, Limits()
-        self.known = Known()
+        self.checkpoint, self.data, self.skipped, self.known = model, data, skipped, Known()
+        self.limits = Limits()
         self.truth = self.judge = lambda *asked: None
         self.choices = self.parts = self.mark = lambda *asked: []
 
@@ -145,12 +145,6 @@ class OwnSource:
 def pictures(self: OwnSource) -> str:
     "A digest of all pictures."
     return self.known.content(sum(self.found[1].values(), []))
-
-
-@patch
-def fault(self: OwnSource, row: dict, vlm=None) -> str | None:
-    "What is wrong with a row, as it is said or was said before."
-    return self.known.fault(row, vlm)
 
 
 @patch(as_prop=True)

@@ -35,15 +35,15 @@ def same_settings(file: Path, uses: dict) -> bool:
     was, now = _flat(read_record(file)["uses"]), _flat(json.loads(json.dumps(uses)))
     changed = [k for k in {**now, **was} if (k in was, was.get(k)) != (k in now, now.get(k))]
     if changed:
-        said = ", ".join(_in_words(key, was.get(key), now.get(key)) for key in changed[:3])
+        said = ", ".join(_changed(key, was.get(key), now.get(key)) for key in changed[:3])
         raise UserError(
             f"{file.parent}: made with other settings ({said}); "
             "choose another --out, or move that folder away, or delete it"
         )
     return True
 
-
-def _in_words(key: str, was, now) -> str:
+# %% ../../nbs/90b_folders.ipynb #record-words
+def _changed(key: str, was, now) -> str:
     "A setting that has changed; of several contents, those that are not as they were."
     if not (isinstance(was, dict) and isinstance(now, dict)):
         return key

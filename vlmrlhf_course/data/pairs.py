@@ -177,7 +177,7 @@ def check_given(
         raise UserError(f"{source}.pairs({split!r}): no pairs; {remedy}")
     return good
 
-
+# %% ../../nbs/99c_pairs.ipynb #given-names
 def _by_name(row):
     "A pair whose pictures are references, where they can be; lists of such stay lists."
     image = row.get("image") if isinstance(row, dict) else None

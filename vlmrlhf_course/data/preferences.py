@@ -251,7 +251,8 @@ def given_pairs(task: Task, split: str) -> list[dict] | None:
 
 def _check_of(source):
     "How a source wants its pairs looked at: one that knows most of them has a way of its own."
-    return getattr(source, "fault", pair_fault)
+    known = getattr(source, "known", None)
+    return known.fault if known else pair_fault
 
 # %% ../../nbs/04b_preferences.ipynb #stage-load
 def load_preferences(task: Task, built) -> tuple[list[dict], list[dict]]:

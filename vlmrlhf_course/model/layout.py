@@ -29,7 +29,7 @@ def _bytes_of(value) -> int:
         return sum(map(_bytes_of, value))
     return getattr(value, "nbytes", 0)
 
-
+# %% ../../nbs/93f_layout.ipynb #empty-class
 class EmptyPictures:
     "An image processor that remembers what it made of empty pictures, by their sizes."
 
@@ -53,7 +53,7 @@ class EmptyPictures:
             self.seen, self.bytes = {}, 0
         return type(made)(dict(made))  # processors take things out of it
 
-
+# %% ../../nbs/93f_layout.ipynb #empty-within
 @contextmanager
 def empty_pictures(processor, kept: dict):
     "Within this block, a processor is shown empty pictures only; `kept` is where it remembers."
