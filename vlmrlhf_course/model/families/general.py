@@ -58,8 +58,9 @@ def continued(inputs: dict[str, torch.Tensor], prompt: int, answer: int, kind: s
     found = {}
     for name, x in inputs.items():
         found[name] = x
-        if x.dim() < 2 or x.shape[:2] != (1, prompt):
-            continue
+        of_pictures = x.is_floating_point() or "grid" in name or "size" in name
+        if of_pictures or x.dim() < 2 or x.shape[:2] != (1, prompt):
+            continue  # a prompt may have as many tokens as a picture has colours
         if name not in AT_ANSWERS:
             raise UserError(
                 f"models of type {kind!r} read {name!r} for each token of a prompt, and it is not "
