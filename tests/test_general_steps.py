@@ -5,6 +5,7 @@ at pictures, the other cuts a picture that is alone into tiles."""
 import pytest
 import torch
 from other_models import tiny_other
+from other_specs import OTHERS
 from small_models import loss_of
 from test_families import (  # noqa: F401 (tests and fixtures)
     close,
@@ -26,7 +27,9 @@ from test_families import (  # noqa: F401 (tests and fixtures)
 )
 
 from vlmrlhf_course.base.launch import make_accelerator
-from vlmrlhf_course.model.vlm import VLM, load_vlm, save_vlm
+from vlmrlhf_course.data.prompts import Prompt
+from vlmrlhf_course.model.vlm import VLM, load_vlm, save_vlm, token_logprobs
+from vlmrlhf_course.rl.rollout import sample
 from vlmrlhf_course.train.fit import backward_through
 
 
@@ -59,3 +62,14 @@ def test_saved_and_loaded(base, prompts, tmp_path):  # noqa: F811
     said = [p.answer for p in prompts]
     a, b = (v.answer_logits(v.batch(prompts, said)) for v in (base, again))
     close(a, b)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", sorted(OTHERS))
+def test_the_first_ratio_is_1_in_half_precision(kind, pictures):  # noqa: F811
+    model, processor = tiny_other(kind)
+    vlm = VLM(model.to(torch.bfloat16).requires_grad_(False), processor)  # noqa: F811
+    roll = sample(vlm, [Prompt("x", "is there a boat ?", "", pictures[0])], max_new_tokens=3)
+    now = vlm.rule_out(vlm.answer_logits(roll.batch))
+    now = token_logprobs(now, roll.batch.answers)
+    assert (now - roll.logprobs).abs().max() < 1e-4
