@@ -1,6 +1,6 @@
-"""SFT, sampling in a role, reward model, values and a copy of the language model, as every family goes
-through them (`test_families.py`): here with types that only the general family runs. One looks across
-at pictures, the other cuts a picture that is alone into tiles."""
+"""SFT, sampling in a role, reward model, values and a copy of the language model, as every family
+goes through them (`test_families.py`): here with types that only the general family runs. One looks
+across at pictures, the other cuts a picture that is alone into tiles."""
 
 import pytest
 import torch
