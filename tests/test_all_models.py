@@ -78,6 +78,8 @@ def plain_logits(vlm, prompt):
     ids = vlm.answer_ids(prompt.answer)
     assert x["input_ids"][0, -len(ids) :].tolist() == ids
     inputs = {name: value for name, value in x.items() if name != "labels"}
+    floats = {name: value for name, value in inputs.items() if value.is_floating_point()}
+    inputs |= {name: value.float() for name, value in floats.items()}  # some come in half precision
     return vlm.model(**inputs).logits[0, -len(ids) - 1 : -1], torch.tensor(ids)
 
 

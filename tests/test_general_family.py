@@ -87,3 +87,24 @@ def test_an_input_for_each_token_that_is_not_known_is_refused(prompts):
     b.pictures.inputs[0]["depths"] = b.pictures.inputs[0]["attention_mask"]
     with pytest.raises(UserError, match="'depths' for each token"):
         vlm.hidden(b)
+
+
+@torch.no_grad()
+def test_a_cache_that_says_something_else_is_not_used(prompts):
+    "Positions that are wrong while sampling: seen at the first answer, and done without."
+    vlm = general("llava")
+    prepare = vlm.model.prepare_inputs_for_generation
+
+    def shifted(*args, **kwargs):
+        inputs = prepare(*args, **kwargs)
+        if inputs["input_ids"].shape[1] == 1:
+            inputs["position_ids"] = inputs["position_ids"] + 7
+        return inputs
+
+    vlm.model.prepare_inputs_for_generation = shifted
+    roll = sample(vlm, prompts, max_new_tokens=5, seed=1)
+    assert vlm.family.cached is False
+    close(logprobs(vlm, roll.batch), roll.logprobs)
+    honest = general("llava")
+    sample(honest, prompts, max_new_tokens=5, seed=1)
+    assert honest.family.cached is True

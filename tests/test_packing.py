@@ -26,7 +26,7 @@ from vlmrlhf_course.world.llava import build_model, build_processor
 from vlmrlhf_course.world.scenes import make_prompt, sample_scenes
 
 ANSWERS = ["a red cat .", "no .", "yes a small boat .", "a large blue cat . yes . no ."]
-PACKING = {"llava", "llava_next", "qwen2_5_vl", "idefics3", "internvl"}
+PACKING = {*FAMILIES} - {"gemma3", "paligemma"}  # whose prompts are read in both directions
 
 
 def close(a, b):

@@ -16,8 +16,8 @@ from vlmrlhf_course.model.family import FAMILIES, Family, family_of, tiny_model,
 from vlmrlhf_course.model.vlm import VLM, load_vlm, save_vlm
 from vlmrlhf_course.rl.rollout import sample
 
-# these processors cannot be loaded without torchvision, the last one not without num2words
-LOADED = [k for k in FAMILIES if k not in ("qwen2_5_vl", "internvl", "smolvlm")]
+# these processors cannot be loaded without torchvision
+LOADED = [k for k in FAMILIES if k not in ("qwen2_5_vl", "internvl")]
 
 
 @pytest.fixture(autouse=True)

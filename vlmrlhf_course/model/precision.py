@@ -73,6 +73,8 @@ PRODUCTS = {
     torch.bmm,
     F.layer_norm,
     F.conv2d,
+    F.scaled_dot_product_attention,
+    F.multi_head_attention_forward,
 }
 
 

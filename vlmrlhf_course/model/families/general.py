@@ -58,8 +58,9 @@ def continued(inputs: dict[str, torch.Tensor], prompt: int, answer: int, kind: s
     found = {}
     for name, x in inputs.items():
         found[name] = x
-        if x.dim() < 2 or x.shape[:2] != (1, prompt):
-            continue
+        of_pictures = x.is_floating_point() or "grid" in name or "size" in name
+        if of_pictures or x.dim() < 2 or x.shape[:2] != (1, prompt):
+            continue  # a prompt may have as many tokens as a picture has colours
         if name not in AT_ANSWERS:
             raise UserError(
                 f"models of type {kind!r} read {name!r} for each token of a prompt, and it is not "
@@ -317,12 +318,14 @@ def sample(self: General, vlm, batch, role: str | None, draw, max_new_tokens: in
         for i in range(len(batch)):
             inputs = self.row(batch, i, kind)
             draws = (
-                self.speak(vlm, inputs, role, draw, max_new_tokens) if self.cached != 0 else None
+                self.by_generate(vlm, inputs, role, draw, max_new_tokens)
+                if self.cached != 0
+                else None
             )
             if self.cached is None:
                 self.cached = bool(draws.tokens) and self.agrees(vlm, inputs, role, draws)
             if not self.cached:
-                draws = self.spell(vlm, inputs, role, draw, max_new_tokens)
+                draws = self.by_passes(vlm, inputs, role, draw, max_new_tokens)
             rows.append(tuple(draws))
     said = pad_sequence([tokens for tokens, _ in rows], True, vlm.pad_id)
     logprobs = pad_sequence([logprobs for _, logprobs in rows], True)
@@ -331,7 +334,9 @@ def sample(self: General, vlm, batch, role: str | None, draw, max_new_tokens: in
 
 
 @patch
-def speak(self: General, vlm, inputs: dict, role: str | None, draw, max_new_tokens: int) -> Draws:
+def by_generate(
+    self: General, vlm, inputs: dict, role: str | None, draw, max_new_tokens: int
+) -> Draws:
     "An answer, by the model's own `generate`."
     with listening(vlm.model.get_output_embeddings()) as seen:
         draws = Draws(seen, partial(self.prove, vlm, role), draw)
@@ -342,7 +347,9 @@ def speak(self: General, vlm, inputs: dict, role: str | None, draw, max_new_toke
 
 # %% ../../../nbs/93f_general.ipynb #sample-plain
 @patch
-def spell(self: General, vlm, inputs: dict, role: str | None, draw, max_new_tokens: int) -> Draws:
+def by_passes(
+    self: General, vlm, inputs: dict, role: str | None, draw, max_new_tokens: int
+) -> Draws:
     "An answer without a cache: a pass over all before it for each token."
     draws, ids, kind = Draws([], None, draw), inputs["input_ids"], vlm.model.config.model_type
     for _ in range(max_new_tokens):

@@ -70,7 +70,9 @@ class Qwen2(Qwen, kind="qwen2_vl"):
     def tiny(self, words):
         tok, ids, processor = tiny_qwen(words)
         config = T.Qwen2VLConfig(
-            vision_config=dict(depth=2, embed_dim=32, num_heads=4, patch_size=8, hidden_size=32),
+            vision_config=dict(
+                depth=2, embed_dim=32, num_heads=4, patch_size=8, hidden_size=32, mlp_ratio=2
+            ),
             text_config=tiny_reader(tok, rope_parameters=ROPE),
             **ids,
         )
