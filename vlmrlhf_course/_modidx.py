@@ -1734,6 +1734,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                    'vlmrlhf_course/model/families/general.py'),
                                                        'vlmrlhf_course.model.families.general.General.agrees': ( 'general.html#general.agrees',
                                                                                                                  'vlmrlhf_course/model/families/general.py'),
+                                                       'vlmrlhf_course.model.families.general.General.answered': ( 'general.html#general.answered',
+                                                                                                                   'vlmrlhf_course/model/families/general.py'),
                                                        'vlmrlhf_course.model.families.general.General.by_generate': ( 'general.html#general.by_generate',
                                                                                                                       'vlmrlhf_course/model/families/general.py'),
                                                        'vlmrlhf_course.model.families.general.General.by_passes': ( 'general.html#general.by_passes',

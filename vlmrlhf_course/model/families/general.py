@@ -317,16 +317,7 @@ def sample(self: General, vlm, batch, role: str | None, draw, max_new_tokens: in
     with vlm.speaking(role), unassisted(vlm.model), vlm.computing():
         for i in range(len(batch)):
             inputs = self.row(batch, i, kind)
-            draws = (
-                self.by_generate(vlm, inputs, role, draw, max_new_tokens)
-                if self.cached != 0
-                else None
-            )
-            if self.cached is None:
-                self.cached = bool(draws.tokens) and self.agrees(vlm, inputs, role, draws)
-            if not self.cached:
-                draws = self.by_passes(vlm, inputs, role, draw, max_new_tokens)
-            rows.append(tuple(draws))
+            rows.append(tuple(self.answered(vlm, inputs, role, draw, max_new_tokens)))
     said = pad_sequence([tokens for tokens, _ in rows], True, vlm.pad_id)
     logprobs = pad_sequence([logprobs for _, logprobs in rows], True)
     lengths = torch.tensor([len(tokens) for tokens, _ in rows], device=said.device)
@@ -344,6 +335,21 @@ def by_generate(
         how = dict(max_new_tokens=max_new_tokens, logits_processor=[draws])
         vlm.model.generate(**inputs, **how, **ends)
     return draws
+
+# %% ../../../nbs/93f_general.ipynb #sample-row
+@patch
+def answered(
+    self: General, vlm, inputs: dict, role: str | None, draw, max_new_tokens: int
+) -> Draws:
+    "One answer: by `generate`, unless that has been seen to say something else."
+    how = (vlm, inputs, role, draw, max_new_tokens)
+    if self.cached is not False:
+        draws = self.by_generate(*how)
+        if self.cached is None:
+            self.cached = bool(draws.tokens) and self.agrees(vlm, inputs, role, draws)
+        if self.cached:
+            return draws
+    return self.by_passes(*how)
 
 # %% ../../../nbs/93f_general.ipynb #sample-plain
 @patch
