@@ -1,7 +1,6 @@
 "A role that leaves the house: plain `transformers` and `peft` load it, and give the same logits."
 
 import json
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from small_models import shake
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText
 
+from vlmrlhf_course.base.config import recorded
 from vlmrlhf_course.base.runs import Run
 from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.cli import main
@@ -106,7 +106,7 @@ def test_a_reward_model_takes_its_head_along(smoke_run, tmp_path, capsys):
     state = made(smoke_run / "reward").state()
     assert {"norm.shift", "norm.scale"} < set(head) < set(state)
     assert all(torch.equal(head[name], state[name]) for name in head)
-    assert settings == json.loads(json.dumps(asdict(made(smoke_run / "reward").cfg)))
+    assert settings == json.loads(json.dumps(recorded(made(smoke_run / "reward").cfg)))
 
 
 def test_what_cannot_be_exported_is_said(smoke_run, tmp_path, capsys):

@@ -27,7 +27,7 @@ from vlmrlhf_course.cli import build_parser, main
 from vlmrlhf_course.data import preferences
 from vlmrlhf_course.rl import loop
 from vlmrlhf_course.train import fit as fit_module
-from vlmrlhf_course.train import sft
+from vlmrlhf_course.world import source as world
 
 SFT_WEIGHTS = ["projector/model.safetensors", "language/model.safetensors"]
 
@@ -140,7 +140,7 @@ def test_an_evaluation_loads_one_model(smoke_run, tmp_path, monkeypatch):
 
         monkeypatch.setattr(module, name, counted)
 
-    count(sft, "load_vlm")
+    count(world, "load_vlm")
     count(preferences, "load_pairs")
     assert main(smoke("evaluate", tmp_path / "run")) == 0
     assert Counter(calls) == dict(load_vlm=1, load_pairs=2)

@@ -12,7 +12,14 @@ import pytest
 from commands import tree
 
 from vlmrlhf_course.base import files
-from vlmrlhf_course.base.config import MIXTURES, arms_layer, build_config, load_layers, scales
+from vlmrlhf_course.base.config import (
+    MIXTURES,
+    arms_layer,
+    build_config,
+    load_layers,
+    recorded,
+    scales,
+)
 from vlmrlhf_course.base.folders import lock, unlock
 from vlmrlhf_course.base.runs import META, Run, cached_run
 from vlmrlhf_course.base.settings import Settings, UserError, load_settings, nearest
@@ -143,7 +150,7 @@ class TestTable:
         cfg = config_of(run, "mine")
         assert type(cfg) is STAGES["ppo"].config
         assert (cfg.clip, cfg.beta, cfg.reward) == (0.1, 0.5, dict(rm=1.0))
-        assert run.used["mine"] == asdict(cfg) | dict(kind="ppo")
+        assert run.used["mine"] == recorded(cfg) | dict(kind="ppo")
         assert label_of(run, "mine") == "mine" and label_of(run, "dpo") == "DPO"
         run.layers["evaluate"] |= dict(arms=["mine"], headline="mine", curve="")
         common = ["sft", "preferences", "reward", "reward_second"]

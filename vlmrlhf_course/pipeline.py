@@ -9,11 +9,10 @@ __all__ = ['ROOMS', 'FOUND', 'SILENT', 'NO_POLICY', 'fill_table', 'with_source',
 # %% ../nbs/99g_pipeline.ipynb #imports
 import importlib
 import pkgutil
-from dataclasses import asdict
 from pathlib import Path
 from omegaconf import OmegaConf
 from .base.checkpoints import reading
-from .base.config import ARMS, OWN, arms_layer, load_layers, merge_sections
+from .base.config import ARMS, OWN, arms_layer, load_layers, merge_sections, recorded
 from .base.runs import Run, cached_run
 from .base.settings import UserError, home, nearest
 from .base.stages import MEANS, SOURCES, STAGES, TAKEN, before, config_of, kind_of
@@ -56,7 +55,7 @@ def obtain(run: Run, name: str):
 
 def course_run(scale: str = "lesson", **more) -> Run:
     "The run that the chapters share, in the user's cache: one makes it, the next ones read it."
-    defaults = {kind: asdict(stage.config()) for kind, stage in sorted(STAGES.items())}
+    defaults = {kind: recorded(stage.config()) for kind, stage in sorted(STAGES.items())}
     return with_source(cached_run(scale, defaults, **more))
 
 
@@ -120,7 +119,7 @@ def speaker_of(result) -> tuple[Speaker, Head | None]:
         return result, None
     own, state = result.role.weights(), result.state()
     head = {name: x for name, x in state.items() if name not in own}
-    return Speaker(result.vlm, result.role.name), Head(head, asdict(result.cfg))
+    return Speaker(result.vlm, result.role.name), Head(head, recorded(result.cfg))
 
 
 def trunk_of(run: Run) -> Path:

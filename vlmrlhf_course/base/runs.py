@@ -9,14 +9,13 @@ __all__ = ['META', 'UNCOUNTED', 'Run', 'made_with', 'cached_run']
 import hashlib
 import json
 import os
-from dataclasses import asdict
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 import torch
 from fastcore.basics import patch
 from .checkpoints import clear_checkpoints
-from .config import build_config, load_layers, merge_sections
+from .config import build_config, load_layers, merge_sections, recorded
 from .files import MANIFEST, added, changed, damage, sweep, write_known
 from .files import write_text
 from .folders import RUN, agrees, claim, has_record, lock, locked, only_log
@@ -61,7 +60,7 @@ class Run:
             self.built[known] = build_config(cls, values, name)
         cfg = self.built[known]
         kind = {} if base in (None, name) else dict(kind=base)  # two may have the same settings
-        self.used[name] = asdict(cfg) | kind | self.edits(name)
+        self.used[name] = recorded(cfg) | kind | self.edits(name)
         return cfg
 
 # %% ../../nbs/90_runs.ipynb #run-paths

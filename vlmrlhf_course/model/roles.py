@@ -11,7 +11,7 @@ import copy
 import math
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Callable, NamedTuple
 import torch
 from accelerate import Accelerator
@@ -22,20 +22,21 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from ..base.config import check_ranges
+from ..base.config import LATER, check_ranges
 from ..base.settings import UserError, nearest
 from .precision import HALF, at_least_single
 
 # %% ../../nbs/99b_roles.ipynb #roles
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank adapters on every linear layer of the language model.
+    """Low-rank adapters on every linear layer of the language model, or on those with some names.
 
     `r=0` means: no adapter, a full copy of the language model. Source: Hu et al. 2022."""
 
     r: int = 16
     alpha: int = 32  # the adapter's output is scaled by alpha / r
     dropout: float = 0.0
+    targets: tuple[str, ...] = field(default=(), metadata=LATER)  # such as q_proj; none: all layers
 
     def __post_init__(self):
         check_ranges(self, r="[0, inf)", alpha="(0, inf)", dropout="[0, 1)")
@@ -81,7 +82,9 @@ class Role(nn.Module):
         super().__init__()
         self.name, self.copy, self.head = name, copy, None
         found = [] if copy else language.named_modules()
-        self._layers = {path: m for path, m in found if isinstance(m, BaseTunerLayer)}
+        self._layers = {
+            path: m for path, m in found if isinstance(m, BaseTunerLayer) and name in m.lora_A
+        }
 
     def layers(self) -> dict[str, BaseTunerLayer]:
         "The trunk's layers that hold its adapter, by their paths; none for a copy."
@@ -159,10 +162,22 @@ def _bare(module: nn.Module) -> nn.Module:
     return module.requires_grad_(True)
 
 
+def _targets(language: nn.Module, cfg: LoRAConfig) -> list[str]:
+    "Names of the layers that get an adapter. Raises UserError for one that no linear layer has."
+    linear = (path for path, m in language.named_modules() if isinstance(m, nn.Linear))
+    paths = {path.split(".base_layer")[0].split(".lora_")[0] for path in linear}
+    known = sorted({path.rpartition(".")[2] for path in paths})
+    for name in cfg.targets:
+        if name not in known:
+            close = nearest(name, known)
+            raise UserError(f"lora.targets: no layer {name!r}{close}; there is {', '.join(known)}")
+    return list(cfg.targets)
+
+
 def _add_adapter(language: nn.Module, name: str, cfg: LoRAConfig):
     "Low-rank layers called `name` beside every linear layer; peft's own."
     settings = dict(r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout)
-    lora = LoraConfig(target_modules="all-linear", **settings)
+    lora = LoraConfig(target_modules=_targets(language, cfg) or "all-linear", **settings)
     with warnings.catch_warnings():  # several adapters on one model are what we want
         warnings.filterwarnings("ignore", message="Already found a .peft_config")
         inject_adapter_in_model(lora, language, name)

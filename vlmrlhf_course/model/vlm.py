@@ -165,18 +165,15 @@ def picture_features(
             pictures = [open_image(ref, self.side) for ref in refs]
             with passing(self, self.tower):
                 seen = self.family.read_pictures(self.model, self.processor, pictures)
-            found = {keys[ref]: Seen(*parts) for ref, parts in zip(refs, seen)}
-            known.update(found)
-            kept.update(found)
+            for ref, parts in zip(refs, seen):
+                known[keys[ref]] = kept[keys[ref]] = Seen(*parts)
             self.encoded += len(refs)
     return [known[keys[ref]] for ref in images]
 
 
 @patch
 def features(self: VLM, images: list[str], chunk: int = 128) -> torch.Tensor:
-    """(items, tokens, D): what the projector reads of these pictures.
-
-    A picture is one item, in some families several."""
+    "(items, tokens, D): what the projector reads of pictures: one item each, or several."
     return torch.cat([f for f, _ in self.picture_features(images, chunk)])
 
 # %% ../../nbs/02c_vlm.ipynb #prompts

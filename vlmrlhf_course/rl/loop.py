@@ -9,7 +9,7 @@ __all__ = ['collect', 'token_parts', 'check_shares', 'check_pool', 'ask', 'minib
 # %% ../../nbs/10b_loop.ipynb #imports
 import math
 import random
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Callable
@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from ..base.checkpoints import Checkpoints, load_tensors, save_tensors
+from ..base.config import recorded
 from ..base.launch import make_accelerator
 from ..base.metrics import MetricLog, StepGuard, mean_of, progress, seed_of
 from ..base.records import digest_of
@@ -211,7 +212,7 @@ def train(
     more = dict(demonstrations=demonstrations)
     cfg, learner = algorithm.cfg, Learner.of(algorithm, scores, folder.name, **more)
     state, accelerator = learner.state, learner.accelerator
-    what = ["rl", type(cfg).__name__, folder.name, seed, asdict(cfg)]
+    what = ["rl", type(cfg).__name__, folder.name, seed, recorded(cfg)]
     of = digest_of([*what, [(p.image, p.text) for p in prompts]])
     saved = Checkpoints(folder / "checkpoints", accelerator, objects=(state, learner.guard), of=of)
     start = saved.load()

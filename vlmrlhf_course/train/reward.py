@@ -8,13 +8,13 @@ __all__ = ['LOOKS', 'last_real', 'attention_pool', 'ScoreHead', 'bt_loss', 'Rewa
            'fix_scale', 'swap_pictures', 'early_stopping', 'agreement']
 
 # %% ../../nbs/05_reward.ipynb #imports
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from ..base.config import check_choices, check_ranges
+from ..base.config import check_choices, check_ranges, recorded
 from ..base.records import digest_of
 from ..base.settings import UserError
 from ..data.pairs import group_pairs
@@ -325,7 +325,7 @@ def train_reward(
     rm.scale.fill_(1.0)
     rm.train()
     how = replace(cfg.fit, steps=reward_steps(cfg, len(groups)))
-    of = digest_of(["reward", seed, asdict(cfg), pairs])
+    of = digest_of(["reward", seed, recorded(cfg), pairs])
     more = dict(stop=watch, clear=False, seed=seed, of=of)
     fit(RewardTask(rm), items_at, how, folder, "reward model", **more)
     if watch and watch.best:
