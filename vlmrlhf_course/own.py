@@ -137,12 +137,9 @@ class OwnSource:
     def rank(self, prompts, answers, cfg, seed):
         raise UserError(f"{self.data.train}: nobody is here to rank answers; give pairs")
 
-    def quiz(self, prompts: list[Prompt]) -> list[Prompt]:
-        return [p for p in prompts if yes_or_no(p.answer) is not None]
-
 # %% ../nbs/99k_own_source.ipynb #source-more
 @patch(as_prop=True)
-def pictures(self: OwnSource) -> str:
+def picture_digest(self: OwnSource) -> str:
     "A digest of all pictures."
     return self.known.content(sum(self.found[1].values(), []))
 
@@ -151,6 +148,12 @@ def pictures(self: OwnSource) -> str:
 def folder(self: OwnSource) -> Path:
     "Where the checkpoint lies that training starts from."
     return folder_of(self.checkpoint)
+
+
+@patch
+def quiz(self: OwnSource, prompts: list[Prompt]) -> list[Prompt]:
+    "The questions whose answer is yes or no."
+    return [p for p in prompts if yes_or_no(p.answer) is not None]
 
 
 @patch
@@ -184,7 +187,7 @@ def own_source(run: Run) -> OwnSource | None:
     source = OwnSource(model, data, run.skipped)
     paths = [path for path in (data.train, data.validation, data.test) if path]
     content = {path: digest_at(path) for path in paths}
-    content[f"pictures of {data.train}"] = source.pictures
+    content[f"pictures of {data.train}"] = source.picture_digest
     run.used["data"]["content"] = content
     source.limits = limits_of(run, model)
     return source

@@ -162,6 +162,13 @@ def _bare(module: nn.Module) -> nn.Module:
     return module.requires_grad_(True)
 
 
+def learns_in_single(role: Role) -> Role:
+    "The same role: what learns is float32 also where the trunk is not (peft follows the trunk)."
+    for weight in role.weights().values():
+        weight.data = at_least_single(weight.data)
+    return role
+
+# %% ../../nbs/99b_roles.ipynb #roles-adapter
 def _targets(language: nn.Module, cfg: LoRAConfig) -> list[str]:
     "Names of the layers that get an adapter. Raises UserError for one that no linear layer has."
     linear = (path for path, m in language.named_modules() if isinstance(m, nn.Linear))
@@ -184,13 +191,6 @@ def _add_adapter(language: nn.Module, name: str, cfg: LoRAConfig):
     vars(language).pop("_adapted", None)
     # Dropout would make two passes of one policy differ: a ratio that is not 1.
     language.eval()
-
-
-def learns_in_single(role: Role) -> Role:
-    "The same role: what learns is float32 also where the trunk is not (peft follows the trunk)."
-    for weight in role.weights().values():
-        weight.data = at_least_single(weight.data)
-    return role
 
 # %% ../../nbs/99b_roles.ipynb #brought
 def brought(layer: BaseTunerLayer) -> list[str]:

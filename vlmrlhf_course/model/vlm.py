@@ -31,10 +31,8 @@ from .roles import Role, Roles, handed_in
 
 # %% ../../nbs/02c_vlm.ipynb #vlm
 class VLM(Roles):
-    """A model with its processor.
-
-    It leads from pictures to features, from prompts to batches, and from batches to hidden states
-    and logits."""
+    """A model with its processor: from pictures to features, from prompts to batches, from batches
+    to hidden states and logits."""
 
     def __init__(self, model, processor):
         self.model = handed_in(model)

@@ -128,7 +128,7 @@ def generate_tokens(
     "The loop: draw a token for every row, read it, until all rows are done."
     if vlm.family.whole:
         how = dict(role=role, temperature=temperature, generator=generator)
-        return vlm.family.sample(vlm, batch, role, partial(draw_tokens, vlm, **how), max_new_tokens)
+        return vlm.family.say(vlm, batch, role, partial(draw_tokens, vlm, **how), max_new_tokens)
     said = torch.full((len(batch), max_new_tokens), vlm.pad_id, device=vlm.device)
     real = torch.zeros_like(said, dtype=torch.bool)
     run = read_prompts(vlm, batch, role)

@@ -310,7 +310,7 @@ def prove(self: General, vlm, role: str | None, hidden: torch.Tensor, logits: to
 # %% ../../../nbs/93f_general.ipynb #sample
 @patch
 @torch.no_grad()
-def sample(self: General, vlm, batch, role: str | None, draw, max_new_tokens: int) -> tuple:
+def say(self: General, vlm, batch, role: str | None, draw, max_new_tokens: int) -> tuple:
     """Tokens, log-probabilities, and what is real, each (B, A): by `draw`, which takes a state
     (1, 1, H) to a token and its log-probability, (1, 1) each."""
     kind, rows = vlm.model.config.model_type, []
