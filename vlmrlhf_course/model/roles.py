@@ -142,6 +142,18 @@ def snapshot(self: Role) -> dict[str, torch.Tensor]:
     "A copy of the role's own weights, to come back to with `load`."
     return {path: w.clone() for path, w in self.state().items()}
 
+# %% ../../nbs/99b_roles.ipynb #roles-targets
+def _targets(language: nn.Module, cfg: LoRAConfig) -> list[str]:
+    "Names of the layers that get an adapter. Raises UserError for one that no linear layer has."
+    linear = (path for path, m in language.named_modules() if isinstance(m, nn.Linear))
+    paths = {path.split(".base_layer")[0].split(".lora_")[0] for path in linear}
+    known = sorted({path.rpartition(".")[2] for path in paths})
+    for name in cfg.targets:
+        if name not in known:
+            close = nearest(name, known)
+            raise UserError(f"lora.targets: no layer {name!r}{close}; there is {', '.join(known)}")
+    return list(cfg.targets)
+
 # %% ../../nbs/99b_roles.ipynb #roles-class
 class Roles:
     """Roles on one trunk: the part of a `VLM` that knows who speaks with which weights.
@@ -160,18 +172,6 @@ def _bare(module: nn.Module) -> nn.Module:
         if isinstance(m, BaseTunerLayer):
             module.set_submodule(path, plain_layer(m))
     return module.requires_grad_(True)
-
-
-def _targets(language: nn.Module, cfg: LoRAConfig) -> list[str]:
-    "Names of the layers that get an adapter. Raises UserError for one that no linear layer has."
-    linear = (path for path, m in language.named_modules() if isinstance(m, nn.Linear))
-    paths = {path.split(".base_layer")[0].split(".lora_")[0] for path in linear}
-    known = sorted({path.rpartition(".")[2] for path in paths})
-    for name in cfg.targets:
-        if name not in known:
-            close = nearest(name, known)
-            raise UserError(f"lora.targets: no layer {name!r}{close}; there is {', '.join(known)}")
-    return list(cfg.targets)
 
 
 def _add_adapter(language: nn.Module, name: str, cfg: LoRAConfig):

@@ -136,9 +136,7 @@ def speak(
 # %% ../../nbs/11_evaluate.ipynb #speak-rivals
 @torch.no_grad()
 def speak_greedily(
-    vlm: VLM,
-    prompts: list[Prompt],
-    role: str | None = None,
+    vlm: VLM, prompts: list[Prompt], role: str | None = None
 ) -> tuple[list[str], float]:  # answers, and the KL of this policy from the reference
     """Answer prompts at temperature 0.
 
