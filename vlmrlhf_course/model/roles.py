@@ -142,6 +142,18 @@ def snapshot(self: Role) -> dict[str, torch.Tensor]:
     "A copy of the role's own weights, to come back to with `load`."
     return {path: w.clone() for path, w in self.state().items()}
 
+# %% ../../nbs/99b_roles.ipynb #roles-targets
+def _targets(language: nn.Module, cfg: LoRAConfig) -> list[str]:
+    "Names of the layers that get an adapter. Raises UserError for one that no linear layer has."
+    linear = (path for path, m in language.named_modules() if isinstance(m, nn.Linear))
+    paths = {path.split(".base_layer")[0].split(".lora_")[0] for path in linear}
+    known = sorted({path.rpartition(".")[2] for path in paths})
+    for name in cfg.targets:
+        if name not in known:
+            close = nearest(name, known)
+            raise UserError(f"lora.targets: no layer {name!r}{close}; there is {', '.join(known)}")
+    return list(cfg.targets)
+
 # %% ../../nbs/99b_roles.ipynb #roles-class
 class Roles:
     """Roles on one trunk: the part of a `VLM` that knows who speaks with which weights.
@@ -162,25 +174,6 @@ def _bare(module: nn.Module) -> nn.Module:
     return module.requires_grad_(True)
 
 
-def learns_in_single(role: Role) -> Role:
-    "The same role: what learns is float32 also where the trunk is not (peft follows the trunk)."
-    for weight in role.weights().values():
-        weight.data = at_least_single(weight.data)
-    return role
-
-# %% ../../nbs/99b_roles.ipynb #roles-adapter
-def _targets(language: nn.Module, cfg: LoRAConfig) -> list[str]:
-    "Names of the layers that get an adapter. Raises UserError for one that no linear layer has."
-    linear = (path for path, m in language.named_modules() if isinstance(m, nn.Linear))
-    paths = {path.split(".base_layer")[0].split(".lora_")[0] for path in linear}
-    known = sorted({path.rpartition(".")[2] for path in paths})
-    for name in cfg.targets:
-        if name not in known:
-            close = nearest(name, known)
-            raise UserError(f"lora.targets: no layer {name!r}{close}; there is {', '.join(known)}")
-    return list(cfg.targets)
-
-
 def _add_adapter(language: nn.Module, name: str, cfg: LoRAConfig):
     "Low-rank layers called `name` beside every linear layer; peft's own."
     settings = dict(r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout)
@@ -191,6 +184,13 @@ def _add_adapter(language: nn.Module, name: str, cfg: LoRAConfig):
     vars(language).pop("_adapted", None)
     # Dropout would make two passes of one policy differ: a ratio that is not 1.
     language.eval()
+
+
+def learns_in_single(role: Role) -> Role:
+    "The same role: what learns is float32 also where the trunk is not (peft follows the trunk)."
+    for weight in role.weights().values():
+        weight.data = at_least_single(weight.data)
+    return role
 
 # %% ../../nbs/99b_roles.ipynb #brought
 def brought(layer: BaseTunerLayer) -> list[str]:

@@ -8,13 +8,13 @@ __all__ = ['LOOKS', 'last_real', 'attention_pool', 'ScoreHead', 'bt_loss', 'Rewa
            'fix_scale', 'swap_pictures', 'early_stopping', 'agreement']
 
 # %% ../../nbs/05_reward.ipynb #imports
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from ..base.config import check_choices, check_ranges, recorded
+from ..base.config import LATER, check_choices, check_ranges, recorded
 from ..base.records import digest_of
 from ..base.settings import UserError
 from ..data.pairs import group_pairs
@@ -136,7 +136,7 @@ class RewardConfig:
     prompts: int = 0  # learn from this many prompts only (0: all) …
     skip: int = 0  # … after leaving out so many: what one model learns from, another may not
     patience: int = 0  # looks at validation without a new best before it stops (0: to the end)
-    path: str = ""  # a reward model from elsewhere (appendix Z): nothing is trained
+    path: str = field(default="", metadata=LATER)  # of a reward model from elsewhere (appendix Z)
     fit: FitConfig = FitConfig(lr=2e-3, batch=12, micro_batch=12, save_every=100)
 
     def __post_init__(self):
