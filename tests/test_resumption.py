@@ -276,7 +276,7 @@ def mount(folder, megabytes, *more):
     "size, save_every, words",
     [
         # in the middle of training …
-        (16, 1, ["checkpoint after step 2", "the one after step 1 is whole", "make room"]),
+        (16, 1, ["checkpoint after step 3", "the one after step 2 is whole", "make room"]),
         # … and at its end
         (6, 100, ["cannot write", "No space left", "make room"]),
     ],
