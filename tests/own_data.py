@@ -18,7 +18,7 @@ grpo: {iterations: 2, answers: 8, answers_per_prompt: 2, minibatch: 8, micro_bat
 rloo: {iterations: 2, answers: 8, answers_per_prompt: 2, minibatch: 8, micro_batch: 8,
        max_new_tokens: 8, eval_every: 1}
 dpo: {epochs: 1, fit: {lr: 1.0e-3, batch: 8, micro_batch: 8}}
-evaluate: {scenes: 6, best_of: 2, samples: 2}
+evaluate: {scenes: 6, best_of: 2, samples: 2, max_new_tokens: 8}
 """
 
 

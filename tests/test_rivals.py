@@ -95,19 +95,23 @@ def test_every_policy_answers_at_both_temperatures(who, monkeypatch):
     module = "vlmrlhf_course.report.evaluate"
 
     def spoken(usual):
-        return lambda vlm, prompts, role=None, temperature=usual: ((temperature, role), 0)
+        def said(vlm, prompts, role=None, temperature=usual, longest=0):
+            assert longest == 9
+            return (temperature, role), 0
+
+        return said
 
     monkeypatch.setattr(f"{module}.speak", spoken(1))
     monkeypatch.setattr(f"{module}.speak_greedily", spoken(0))
     two = [*asked("yes ."), Prompt("text", "what ?", "", None)]
-    rows = voices(who, 3, temperature=0.4)
+    rows = voices(who, 3, temperature=0.4, longest=9)
     assert rows["sft_cooled"](two)[0] == (0.4, None)
     seen = {row: rows[row](two)[0][:2] for row in ("sft", "sft_greedy", "my", "my_greedy")}
     assert seen == dict(sft=(1, None), sft_greedy=(0, None), my=(1, "mine"), my_greedy=(0, "mine"))
     called = []
     monkeypatch.setattr(f"{module}.best_of_n", lambda *a, **k: called.append((a[2], k)))
-    voices(who, 3)["best_of_n"](two)
-    assert called == [(two, dict(n=3))]
+    voices(who, 3, longest=9)["best_of_n"](two)
+    assert called == [(two, dict(n=3, longest=9))]
 
 
 @pytest.mark.parametrize("more", [True, False])
@@ -137,7 +141,7 @@ def test_what_a_row_holds(who, monkeypatch, more):
     rows = {name: voice(name) for name in said}
     monkeypatch.setattr("vlmrlhf_course.report.evaluate.voices", lambda *a: rows)
     monkeypatch.setattr("vlmrlhf_course.report.evaluate.cooled_to", lambda *a: 1.0)
-    monkeypatch.setattr("vlmrlhf_course.report.evaluate.speak", lambda *a: ([], 1.0))
+    monkeypatch.setattr("vlmrlhf_course.report.evaluate.speak", lambda *a, **k: ([], 1.0))
     monkeypatch.setattr("vlmrlhf_course.report.evaluate.answer", lambda *a, **k: ["yes ."])
     result, answers, _ = compare(who, Two(), EvaluateConfig(arms=("my",), headline="my"))
     assert answers == dict(sft=["a cat and a fish ."], my=["a cat ."])
@@ -174,7 +178,9 @@ def test_how_far_one_is_without_pictures_and_when_it_is_cold(small, monkeypatch)
     want = [likelihood(vlm, unseen, said) - likelihood(vlm, prompts, said)]
     assert kl == pytest.approx(float(want[0].mean())) and kl > 0
     module = "vlmrlhf_course.report.evaluate"
-    monkeypatch.setattr(f"{module}.speak", lambda *a, temperature: ([], 4 * (1 - temperature)))
+    monkeypatch.setattr(
+        f"{module}.speak", lambda *a, temperature, longest: ([], 4 * (1 - temperature))
+    )
     assert cooled_to(vlm, prompts, 2.0) == pytest.approx(0.5, abs=0.02)
 
 

@@ -119,7 +119,7 @@ def open_run(args, seed: int, folder: Path):
     from vlmrlhf_course.base.launch import share
     from vlmrlhf_course.base.runs import Run
     from vlmrlhf_course.base.stages import kind_of, stage_names
-    from vlmrlhf_course.pipeline import check_run, with_source
+    from vlmrlhf_course.pipeline import check_data, check_run, with_source
 
     layers = inherited() or layers_of(args)
     run = with_source(Run(folder, args.scale, (), seed, args.skip_bad, layers))
@@ -130,6 +130,7 @@ def open_run(args, seed: int, folder: Path):
     if args.verb != "run" and kind_of(run.layers, arm) != args.verb:
         arms = [name for name in stages if kind_of(run.layers, name) == args.verb]
         raise UserError(f"--arm {arm!r}{nearest(arm, arms)}: give one of {', '.join(arms)}")
+    check_data(run, "evaluate" if args.verb == "run" else arm)
     share(lambda: take_folder(run, stages if args.verb == "run" else (arm,)))
     return run
 

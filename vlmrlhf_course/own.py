@@ -106,7 +106,7 @@ class OwnSource:
 
     def __init__(self, model: ModelConfig, data: DataConfig, skipped: dict | None = None):
         self.checkpoint, self.data, self.skipped, self.known = model, data, skipped, Known()
-        self.limits = Limits()
+        self.limits, self.trained = Limits(), None  # is SFT made? None: the data say so
         self.truth = self.judge = lambda *asked: None
         self.choices = self.parts = self.mark = lambda *asked: []
 
@@ -129,6 +129,8 @@ class OwnSource:
         return rows[split]
 
     def demonstrations(self, cfg, seed: int, faithful: bool) -> Callable | None:
+        if self.trained is not None:
+            return (lambda step: []) if self.trained and not faithful else None
         kind, rows = self.found
         if faithful or kind != "demonstrations":  # a checkpoint has learned stage 1 already
             return None
@@ -185,11 +187,15 @@ def own_source(run: Run) -> OwnSource | None:
         raise UserError(f"give {missing}, too; without both, the drawn world is the source")
     run.used["model"]["content"] = checkpoint_digest(folder_of(model))
     source = OwnSource(model, data, run.skipped)
+    source.limits = limits_of(run, model)
+    if run.trusted:  # to take along what is there: the data may be gone
+        source.trained = (run.path("sft") / "language").is_dir()
+        run.used["data"]["content"] = run.trusted
+        return source
     paths = [path for path in (data.train, data.validation, data.test) if path]
     content = {path: digest_at(path) for path in paths}
     content[f"pictures of {data.train}"] = source.picture_digest
     run.used["data"]["content"] = content
-    source.limits = limits_of(run, model)
     return source
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROOMS', 'FOUND', 'SILENT', 'NO_POLICY', 'fill_table', 'with_source', 'obtain', 'course_run', 'own_run', 'reopen',
-           'made', 'speaker_of', 'trunk_of', 'check_run', 'check_links', 'check_arms']
+           'made', 'speaker_of', 'trunk_of', 'check_run', 'check_data', 'check_links', 'check_arms']
 
 # %% ../nbs/99g_pipeline.ipynb #imports
 import importlib
@@ -79,8 +79,10 @@ def own_run(
 FOUND = ("edited", "content")  # what a run has found out, and nobody has set
 
 
-def reopen(folder: Path) -> Run:
-    "A run by its folder, as it was made. Raises UserError where there is none."
+def reopen(folder: Path, read: bool = True) -> Run:
+    """A run by its folder, as it was made; `read`: and its own data, to go on with it.
+
+    Raises UserError where there is none."""
     file = folder / "config.yaml"
     if not file.is_file():
         raise UserError(f"{folder}: no run there (it has no config.yaml); give the folder of a run")
@@ -90,7 +92,9 @@ def reopen(folder: Path) -> Run:
         for name in used.keys() - set(TAKEN):
             own = {k: v for k, v in used[name].items() if k not in FOUND and v != {}}
             layers[name] = layers.get(name, {}) | own
-    return with_source(Run(folder, seed=seed, layers=layers))
+    run = Run(folder, seed=seed, layers=layers)
+    run.trusted = None if read else used.get("data", {}).get("content")
+    return with_source(run)
 
 # %% ../nbs/99g_pipeline.ipynb #made
 SILENT = ("preferences", "detector", "evaluate")  # kinds that give no model that speaks
@@ -100,7 +104,7 @@ def made(path: Path):
     """The result of a finished stage that speaks, by its folder within a run: `RUN/ppo_rm`.
 
     Raises UserError where it is not finished, or has no model: nothing is trained here."""
-    run = reopen(path.parent)
+    run = reopen(path.parent, read=False)
     if path.name not in stage_names(run.layers):
         known = ", ".join(n for n in stage_names(run.layers) if (path.parent / n).is_dir())
         raise UserError(f"{path}: no stage of that run; it has {known}")
@@ -153,6 +157,12 @@ def check_run(run: Run):
     for name in stages:
         before(run, name)
     check_arms(run, stages)
+
+
+def check_data(run: Run, stage: str):
+    "Raise UserError where own data are no pairs, and a stage or one before it needs some."
+    if isinstance(run.source, OwnSource) and "preferences" in (*before(run, stage), stage):
+        run.source.pairs("train")
 
 # %% ../nbs/99g_pipeline.ipynb #check-2
 def check_links(run: Run, name: str, stages: list[str]):

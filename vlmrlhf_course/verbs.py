@@ -12,6 +12,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, NamedTuple
+from .base.config import OWN, load_layers
 from .base.settings import UserError, home
 
 # %% ../nbs/91d_verbs.ipynb #types
@@ -84,7 +85,10 @@ def _add_data(p: argparse.ArgumentParser):
     p.add_argument(
         "--model", type=folder, help="also lay records out as this checkpoint reads them"
     )
-    p.add_argument("--format", default="auto", help="what its columns mean (default: recognised)")
+    p.add_argument("--format", help="what its columns mean (default: recognised)")
+    p.add_argument("--config", metavar="FILE", help="the recipe of the run: its section `data`")
+    many = dict(nargs="+", default=[], action="extend", metavar="data.KEY=VALUE")
+    p.add_argument("--set", help="such as data.columns.images=photo", **many)
     p.add_argument("--images", default="", help="folder where relative paths of pictures begin")
 
 # %% ../nbs/91d_verbs.ipynb #export
@@ -95,10 +99,12 @@ def export(args) -> int:
 
     path, to = home(args.stage, "RUN/STAGE"), home(args.to, "--to")
     speaker, head = speaker_of(made(path))
+    if to.exists():
+        print(f"export: {to} is written over")
     if args.merge or speaker.role is None:
         save_plain(*speaker, to, head)
     else:
-        save_adapter(*speaker, to, trunk_of(reopen(path.parent)), head)
+        save_adapter(*speaker, to, trunk_of(reopen(path.parent, read=False)), head)
     print(f"export: done, in {to}")
     return 0
 
@@ -108,7 +114,9 @@ def data(args) -> int:
     from vlmrlhf_course.data.examine import convert, examine, summary
     from vlmrlhf_course.own import ModelConfig, data_config, load_checkpoint
 
-    cfg = data_config(train=args.data, format=args.format, images=args.images)
+    given = dict(train=args.data, format=args.format, images=args.images)
+    given = {key: value for key, value in given.items() if value}
+    cfg = data_config(**load_layers(OWN, args.set, args.config, dict(data=given))["data"])
     vlm = load_checkpoint(ModelConfig(path=args.model)) if args.model else None
     found = examine(args.data, cfg, vlm)
     print(summary(args.data, found))

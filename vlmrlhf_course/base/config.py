@@ -181,6 +181,9 @@ def _check_keys(cls, values, section):
         if values[key] == {}:
             remedy = "leave it out for the defaults, or name its keys and values"
             raise UserError(f"{section}.{key} is empty: {remedy}")
+        within = getattr(cls, key, None)  # a group of settings: its default
+        if is_dataclass(within) and isinstance(values[key], dict):
+            _check_keys(type(within), values[key], f"{section}.{key}")
 
 # %% ../../nbs/94b_config.ipynb #build-weights
 def _with_weights(cls, values: dict) -> dict:

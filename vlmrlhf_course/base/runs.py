@@ -46,6 +46,7 @@ class Run:
         self.built = {}  # configurations: a stage is asked for hundreds of times
         self.observers = ()  # each is called after an arm's iteration: (arm, step, **its figures)
         self.cost = dict  # () → what a report says besides: what the run has cost
+        self.trusted = None  # of own data, the content that a record names: see `reopen`
         self.code = dict  # () → whose functions ran in the library's place: see `--impl`
         self.layers = load_layers(scale, overrides) if layers is None else layers
         around = environment()

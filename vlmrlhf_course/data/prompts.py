@@ -225,7 +225,8 @@ def open_image(
         said = re.sub(r" <_io\.\w+ object at 0x\w+>", "", said)  # another one each time
         known = ", ".join(f"`{prefix}:…`" for prefix in OPENERS)
         remedy = "give a picture file, `blank`" + (f", or {known}" if known else "")
-        raise UserError(f"{shown(ref)}: not a picture ({said}); {remedy}") from None
+        fault = "no such file" if isinstance(e, FileNotFoundError) else f"not a picture ({said})"
+        raise UserError(f"{shown(ref)}: {fault}; {remedy}") from None
     if key:
         note_size(key, picture.size)
     return picture

@@ -20,7 +20,7 @@ from ..base.launch import own_device
 from ..base.settings import UserError, notice
 from ..data.prompts import Prompt, Turn, open_image, picture_key
 from ..data.prompts import picture_size, references
-from .batch import Batch, Pictures, pad_sides, stack_positions
+from .batch import Batch, pad_sides, stack_positions
 from .export import plain_model
 from .family import family_of, load_processor
 from .layout import empty_pictures

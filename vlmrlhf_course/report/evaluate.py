@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['BESIDES', 'OTHERS', 'Voice', 'NOVEL', 'PICTURES', 'bootstrap_interval', 'EvaluateConfig', 'true_figures_of',
-           'figures', 'speak', 'speak_greedily', 'likelihood', 'speak_blindly', 'cooled_to', 'best_of_n', 'wins',
-           'yes_or_no', 'quiz_figures', 'quiz', 'without_preface', 'Policies', 'below_sft', 'voices', 'quizzed',
-           'difference_of', 'compare']
+           'figures', 'speak', 'likelihood', 'speak_greedily', 'speak_blindly', 'cooled_to', 'best_of_n', 'wins',
+           'yes_or_no', 'quiz_figures', 'quiz', 'without_preface', 'Policies', 'below_sft', 'as_far', 'voices',
+           'quizzed', 'difference_of', 'compare']
 
 # %% ../../nbs/11_evaluate.ipynb #imports
 import math
 import re
 import unicodedata
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Callable
 import torch
-from ..base.config import check_ranges
+from ..base.config import LATER, check_ranges
 from ..base.metrics import progress, seed_of
 from ..base.settings import UserError
 from ..data.prompts import Prompt, references
@@ -57,12 +57,14 @@ class EvaluateConfig:
     scenes: int = 300
     best_of: int = 8
     samples: int = 6  # pictures in the report
+    max_new_tokens: int = field(default=72, metadata=LATER)
     arms: tuple[str, ...] = ("ppo",)  # the rows of the table, besides SFT's
     headline: str = "ppo"  # the arm that is shown beside SFT
     curve: str | None = None  # an arm whose training is the over-optimisation curve, or none
 
     def __post_init__(self):
-        check_ranges(self, scenes="[2, inf)", best_of="[1, inf)", samples="[0, inf)")
+        counts = dict.fromkeys(("best_of", "max_new_tokens"), "[1, inf)")
+        check_ranges(self, scenes="[2, inf)", samples="[0, inf)", **counts)
         if not self.arms:
             raise ValueError("arms: name one or more")
         greedy = [f"{arm}_greedy" for arm in ("sft", *self.arms)]
@@ -117,6 +119,7 @@ def speak(
     seed: int = 0,
     chunk: int = 200,
     temperature: float = 1.0,
+    longest: int = 72,  # tokens
 ) -> tuple[list[str], float]:  # answers, and the mean KL of a whole answer from the reference at 1
     "Answer prompts in a role."
     said, kl, chunk = [], 0.0, vlm.limits.most(chunk)
@@ -126,23 +129,12 @@ def speak(
 
     for i in range(0, len(prompts), chunk):
         part = prompts[i : i + chunk]
-        roll = sample(vlm, part, role, temperature, seed=seed_of(seed, i))
+        roll = sample(vlm, part, role, temperature, longest, seed_of(seed, i))
         said += texts(vlm, roll)
         if role or temperature != 1:
             apart = of_tokens(vlm, roll.batch, away, role, None)
             kl += float((apart * roll.batch.answer_mask).sum()) / len(prompts)
     return said, kl
-
-# %% ../../nbs/11_evaluate.ipynb #speak-rivals
-@torch.no_grad()
-def speak_greedily(
-    vlm: VLM, prompts: list[Prompt], role: str | None = None
-) -> tuple[list[str], float]:  # answers, and the KL of this policy from the reference
-    """Answer prompts at temperature 0.
-
-    A greedy policy has one answer, so its KL from the reference is −log π_ref(answer)."""
-    said = answer(vlm, prompts, 0.0, role=role)
-    return said, -float(likelihood(vlm, prompts, said).mean())
 
 
 def likelihood(vlm: VLM, prompts: list[Prompt], said: list[str]) -> torch.Tensor:
@@ -154,22 +146,33 @@ def likelihood(vlm: VLM, prompts: list[Prompt], said: list[str]) -> torch.Tensor
     parts = in_parts(vlm.batch(prompts, said), vlm.limits)
     return torch.cat([(of_tokens(vlm, b, each, None) * b.answer_mask).sum(1) for b in parts])
 
+# %% ../../nbs/11_evaluate.ipynb #speak-rivals
+@torch.no_grad()
+def speak_greedily(
+    vlm: VLM, prompts: list[Prompt], role: str | None = None, longest: int = 72
+) -> tuple[list[str], float]:  # answers, and the KL of this policy from the reference
+    """Answer prompts at temperature 0.
+
+    A greedy policy has one answer, so its KL from the reference is −log π_ref(answer)."""
+    said = answer(vlm, prompts, 0.0, max_new_tokens=longest, role=role)
+    return said, -float(likelihood(vlm, prompts, said).mean())
+
 
 @torch.no_grad()
-def speak_blindly(vlm: VLM, prompts: list[Prompt]) -> tuple[list[str], float]:
+def speak_blindly(vlm: VLM, prompts: list[Prompt], longest: int = 72) -> tuple[list[str], float]:
     "Answers without the pictures, and their KL from those with them (a sample's mean)."
     unseen = [replace(p, image=references(p.image, "blank") or None) for p in prompts]
-    said, _ = speak(vlm, unseen)
+    said, _ = speak(vlm, unseen, longest=longest)
     return said, float((likelihood(vlm, unseen, said) - likelihood(vlm, prompts, said)).mean())
 
 
 @torch.no_grad()
-def cooled_to(vlm: VLM, prompts: list[Prompt], kl: float, tries: int = 6) -> float:
+def cooled_to(vlm: VLM, prompts: list[Prompt], kl: float, longest: int = 72) -> float:
     "The temperature below 1 at which the reference itself is so many nats away from itself."
     low, high = 0.05, 1.0
-    for _ in range(tries):
+    for _ in range(6):
         middle = (low + high) / 2
-        _, found = speak(vlm, prompts, temperature=middle)
+        _, found = speak(vlm, prompts, temperature=middle, longest=longest)
         low, high = (middle, high) if found > kl else (low, middle)
     return (low + high) / 2
 
@@ -180,9 +183,11 @@ def best_of_n(
     prompts: list[Prompt],
     n: int = 8,
     seed: int = 0,
+    longest: int = 72,
 ) -> tuple[list[str], float]:  # answers, KL bound
     "For each prompt the best of `n` answers, by the reward model."
-    rounds = [speak(vlm, prompts, seed=seed_of("best", seed, i))[0] for i in range(n)]
+    seeds = [seed_of("best", seed, i) for i in range(n)]
+    rounds = [speak(vlm, prompts, seed=seed, longest=longest)[0] for seed in seeds]
     scores = torch.stack([score_texts(rm, prompts, answers) for answers in rounds])
     best = [rounds[k][i] for i, k in enumerate(scores.argmax(0).tolist())]
     return best, math.log(n) - (n - 1) / n
@@ -268,18 +273,27 @@ def below_sft(source: Source, prompts: list[Prompt], said: dict, name: str) -> d
 Voice = Callable[[list[Prompt]], tuple[list[str], float]]  # prompts → answers, and their KL
 
 
-def voices(who: Policies, best_of: int, temperature: float = 1.0) -> dict[str, Voice]:
+def as_far(who: Policies, prompts: list[Prompt], longest: int = 72) -> float:
+    "The temperature at which the SFT model is as far from itself as the headline is."
+    vlm, role = who.arms[who.headline]
+    _, kl = speak(vlm, prompts, role, longest=longest)
+    return cooled_to(who.sft, prompts[:100], kl, longest)
+
+
+def voices(
+    who: Policies, best_of: int, temperature: float = 1.0, longest: int = 72
+) -> dict[str, Voice]:
     """Row of the table → how it answers: each policy at temperature 1, and at 0 (`_greedy`).
 
     `sft_cooled` is the SFT model at `temperature`."""
     found = dict(
-        sft_blank=partial(speak_blindly, who.sft),
-        sft_cooled=partial(speak, who.sft, temperature=temperature),
-        best_of_n=partial(best_of_n, who.sft, who.rm, n=best_of),
+        sft_blank=partial(speak_blindly, who.sft, longest=longest),
+        sft_cooled=partial(speak, who.sft, temperature=temperature, longest=longest),
+        best_of_n=partial(best_of_n, who.sft, who.rm, n=best_of, longest=longest),
     )
     for name, (vlm, role) in who.speakers().items():
-        found[name] = partial(speak, vlm, role=role)
-        found[f"{name}_greedy"] = partial(speak_greedily, vlm, role=role)
+        found[name] = partial(speak, vlm, role=role, longest=longest)
+        found[f"{name}_greedy"] = partial(speak_greedily, vlm, role=role, longest=longest)
     return found
 
 
@@ -312,9 +326,8 @@ def compare(who: Policies, source: Source, cfg: EvaluateConfig):
     questions, novel = source.quiz(prompts), []
     if "novel" in source.splits:
         novel = source.prompts("novel", cfg.scenes, dict(detail=1.0), PICTURES)
-    vlm, role = who.arms[cfg.headline]
-    _, kl = speak(vlm, prompts, role)
-    rows = voices(who, cfg.best_of, cooled_to(who.sft, prompts[:100], kl))
+    longest = cfg.max_new_tokens
+    rows = voices(who, cfg.best_of, as_far(who, prompts, longest), longest)
     said, result = {}, {}
     for name in progress(list(rows), "evaluating"):
         said[name], kl = rows[name](prompts)

@@ -171,7 +171,10 @@ def evaluation_plots(cfg: EvaluateConfig, curves: dict, result: dict) -> dict[st
 # %% ../../nbs/11c_record.ipynb #evaluate-2
 def report_names(run: Run, cfg: EvaluateConfig) -> dict[str, str]:
     "What the rows of a run's table are called."
-    return row_names({arm: label_of(run, arm) for arm in cfg.arms})
+    names = row_names({arm: label_of(run, arm) for arm in cfg.arms})
+    if (run.path("sft") / "language").is_dir():
+        return names
+    return {row: name.replace("SFT", "the start") for row, name in names.items()}
 
 
 def evaluate(task: Task) -> dict:
