@@ -167,7 +167,7 @@ COLUMNS = {  # figure → its column in the page, and in a terminal
     "pope_accuracy": ("POPE accuracy", "POPE"),
     "pope_yes_rate": ("POPE yes-rate", "yes"),
     "reward": ("learned reward", "reward"),
-    "wins": ("wins against SFT, by the reward model", "wins"),
+    "wins": ("wins against the start, by the reward model", "wins"),
     "true_score": ("true score", "true"),
     "kl": ("KL", "KL"),
     "iterations": ("iterations", "iter."),
