@@ -130,6 +130,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'vlmrlhf_course.base.files.manifest': ('files.html#manifest', 'vlmrlhf_course/base/files.py'),
                                            'vlmrlhf_course.base.files.remains': ('files.html#remains', 'vlmrlhf_course/base/files.py'),
                                            'vlmrlhf_course.base.files.remove': ('files.html#remove', 'vlmrlhf_course/base/files.py'),
+                                           'vlmrlhf_course.base.files.remove_temporary': ( 'files.html#remove_temporary',
+                                                                                           'vlmrlhf_course/base/files.py'),
                                            'vlmrlhf_course.base.files.seal': ('files.html#seal', 'vlmrlhf_course/base/files.py'),
                                            'vlmrlhf_course.base.files.sealed_as': ('files.html#sealed_as', 'vlmrlhf_course/base/files.py'),
                                            'vlmrlhf_course.base.files.sweep': ('files.html#sweep', 'vlmrlhf_course/base/files.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'SIGNATURE', 'MARK', 'PART', 'seal', 'manifest', 'changed', 'damage', 'added', 'sealed_as', 'remove',
-           'remains', 'sweep', 'to_disk', 'half_written', 'aside', 'make_room', 'write_bytes', 'write_text',
-           'write_jsonl', 'jsonl', 'write_known', 'known_file']
+           'remove_temporary', 'remains', 'sweep', 'to_disk', 'half_written', 'aside', 'make_room', 'write_bytes',
+           'write_text', 'write_jsonl', 'jsonl', 'write_known', 'known_file']
 
 # %% ../../nbs/96_files.ipynb #imports
 import fcntl
@@ -150,6 +150,12 @@ def remove(folder: Path):
     for name, was in ours.items():
         _remove_file(folder, name, was)
     _remove_if_empty(folder)
+
+
+def remove_temporary(file: Path, folder: Path):
+    "Remove a file of ours in a temporary folder of this process."
+    if file.parent == folder and folder.parent == Path(tempfile.gettempdir()):
+        file.unlink()
 
 # %% ../../nbs/96_files.ipynb #remove-2-2
 def _remove_file(folder, name, was):

@@ -37,6 +37,8 @@ class EmptyPictures:
         self.own, self.seen, self.bytes = processor, {}, 0
 
     def __getattr__(self, name):
+        if name == "own":  # it is being copied, and has nothing yet
+            raise AttributeError(name)
         return getattr(self.own, name)
 
     def __call__(self, images, **how):

@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from ..base.config import check_choices, check_ranges
+from ..base.files import remove_temporary
 from ..base.settings import UserError
 from .batch import Batch
 
@@ -194,7 +195,7 @@ class FeatureCache(MutableMapping):
         size, kept = self.kept.pop(key)
         self.held -= size
         if isinstance(kept, Path):
-            kept.unlink()
+            remove_temporary(kept, Path(self.folder.name))
 
     def __iter__(self):
         return iter([*self.kept])  # to look at one changes the order
