@@ -61,7 +61,7 @@ BAD_RECORDS = {  # what becomes of a line (or a picture for it), and the words t
     "images with a number": (change(image=["blank", 7]), ["image is neither"]),
     "images with a gap": (change(image=["blank", None]), ["image is neither"]),
     "images in images": (change(image=[["blank"]]), ["image is neither"]),
-    "images, one missing": (change(image=["blank", NOWHERE]), [NOWHERE, "No such file"]),
+    "images, one missing": (change(image=["blank", NOWHERE]), [NOWHERE, "no such file"]),
     "equal": (change(chosen="a cat .", rejected="a  cat ."), ["chosen equals rejected"]),
     "empty": (change(rejected=" "), ["empty answer"]),
     "image in a dict": (change(image={"height": 4}), ["image is neither"]),
@@ -73,7 +73,7 @@ BAD_RECORDS = {  # what becomes of a line (or a picture for it), and the words t
     "weight zero": (change(weight=0), ["weight is not positive"]),
     "long prompt": (change(prompt="red " * 10_000), ["tokens", "at most 512", "shorten"]),
     "long answer": (change(chosen="red " * 600 + "."), ["tokens", "at most 512"]),
-    "no such picture": (change(image=NOWHERE), [NOWHERE, "No such file"]),
+    "no such picture": (change(image=NOWHERE), [NOWHERE, "no such file"]),
     "folder": (change(image="/tmp"), ["/tmp", "directory"]),
     "bad scene": (change(image="scene:moon: small red cat @4"), ["scene:moon", "unknown place"]),
 }
