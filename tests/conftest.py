@@ -11,10 +11,12 @@ from types import SimpleNamespace
 
 import quiet  # noqa: F401  (before PyTorch and its friends are imported)
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
 from hypothesis import settings
+from PIL import Image
 from small_models import SMALL, push, random_policy, reward_model
 
 import vlmrlhf_course
@@ -41,6 +43,17 @@ FAULTY = (
 def outside_the_repository(tmp_path, monkeypatch):
     "No test reads the repository's settings.ini or writes into the working tree."
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    "Picture files of different shapes: wide, tall, square."
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    files = []
+    for i, (w, h) in enumerate([(64, 30), (31, 60), (48, 48)]):
+        files.append(str(folder / f"{i}.png"))
+        Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)).save(files[-1])
+    return files
 
 
 @pytest.fixture(scope="session")

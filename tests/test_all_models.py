@@ -3,11 +3,9 @@ plain transformers: `model(**processor(pictures, question and answer))`, a row a
 precision. The rows have one picture, two of different sizes, none, and one again; their prompts and
 answers differ in length, so that there is padding on both sides."""
 
-import numpy as np
 import pytest
 import torch
 from other_models import OTHERS, tiny_other
-from PIL import Image
 from torch.testing import assert_close
 
 from vlmrlhf_course.data.prompts import Prompt, open_image, references
@@ -19,17 +17,6 @@ KINDS = sorted({*FAMILIES, *OTHERS})
 NEAR = 2e-6
 # sums over a prompt in blocks, and token by token while sampling: rounded otherwise
 RECURRENT = dict(qwen3_5=2e-5, qwen3_5_moe=2e-5)
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    "Picture files of different shapes: wide, tall, square."
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    files = []
-    for i, (w, h) in enumerate([(64, 30), (31, 60), (48, 48)]):
-        files.append(str(folder / f"{i}.png"))
-        Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)).save(files[-1])
-    return files
 
 
 @pytest.fixture(scope="module", params=KINDS)

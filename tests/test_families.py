@@ -5,10 +5,8 @@ rounding hides nothing. What single families do differently stands in `test_sing
 import copy
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from small_models import experience_of, loss_of, shake
 from torch import nn
 from torch.testing import assert_close
@@ -53,17 +51,6 @@ def vlm_of(kind):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    "Picture files of different shapes: wide, tall, square."
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    files = []
-    for i, (w, h) in enumerate([(64, 30), (31, 60), (48, 48)]):
-        files.append(str(folder / f"{i}.png"))
-        Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)).save(files[-1])
-    return files
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))

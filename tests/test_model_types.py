@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from conftest import REPO
 from model_table import NOTEBOOK, TYPES, cell_of, table
 from other_models import tiny_other
 from other_specs import AT_WORK, OTHERS, TORCHVISION
@@ -66,3 +67,9 @@ def test_what_cannot_be_right_is_refused_at_its_first_pass(kind, tmp_path):
 def test_the_appendix_shows_the_table():
     shown = "".join(cell_of(json.loads(NOTEBOOK.read_text("utf-8")))["source"])
     assert shown == table(), "run python tests/model_table.py"
+
+
+def test_readme_counts_what_the_table_says():
+    run = kinds("own") | kinds("general")
+    text = (REPO / "README.md").read_text("utf-8")
+    assert f"{len(run)} of the {len(TYPES)} types were run" in text
