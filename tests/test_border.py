@@ -162,7 +162,7 @@ def test_a_merged_adapter_and_a_name_that_is_taken():
 # --- saving a model that has roles ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", filter(loads, FAMILIES))
+@pytest.mark.parametrize("kind", list(filter(loads, FAMILIES)))
 def test_a_saved_model_is_the_trunk(kind, prompts, tmp_path, capsys):
     vlm = make(kind)
     for role, lora in (("actor", LORA), ("other", LORA), ("copied", COPY)):

@@ -4,7 +4,7 @@ say what is right; `test_all_models.py` does the same for types that have none."
 
 import pytest
 import torch
-from test_families import answered, close, logprobs, pictures, plain, vlm_of  # noqa: F401
+from test_families import answered, close, logprobs, plain, vlm_of  # noqa: F401
 
 from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.data.prompts import Prompt
@@ -21,7 +21,7 @@ def seed():
 
 
 @pytest.fixture
-def prompts(pictures):  # noqa: F811
+def prompts(pictures):
     "One picture, two of different sizes, none."
     a, b, c = pictures
     return [

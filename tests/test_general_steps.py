@@ -11,7 +11,6 @@ from test_families import (  # noqa: F401 (tests and fixtures)
     close,
     experience,
     full,
-    pictures,
     prompts,
     reached,
     seed,
@@ -66,7 +65,7 @@ def test_saved_and_loaded(base, prompts, tmp_path):  # noqa: F811
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", sorted(OTHERS))
-def test_the_first_ratio_is_1_in_half_precision(kind, pictures):  # noqa: F811
+def test_the_first_ratio_is_1_in_half_precision(kind, pictures):
     model, processor = tiny_other(kind)
     vlm = VLM(model.to(torch.bfloat16).requires_grad_(False), processor)  # noqa: F811
     roll = sample(vlm, [Prompt("x", "is there a boat ?", "", pictures[0])], max_new_tokens=3)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import SMALL, SMALL_LORA, experience_of, shake, small_ppo
-from test_families import base, logprobs, pictures, prompts, vlm  # noqa: F401 (fixtures)
+from test_families import base, logprobs, prompts, vlm  # noqa: F401 (fixtures)
 from transformers import LlavaConfig, MistralConfig
 
 from vlmrlhf_course.data.pairs import group_pairs

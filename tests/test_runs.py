@@ -190,9 +190,9 @@ class TestTable:
     def test_every_mixture_is_known_as_one(self):
         "Whether a setting is a mixture is read off its name, before its dataclass is known."
         for kind, stage in [*STAGES.items(), ("world", SimpleNamespace(config=WorldConfig))]:
-            for field in fields(stage.config):
-                mixture = get_origin(field.type) is dict
-                assert mixture == (field.name in MIXTURES), f"{kind}.{field.name}"
+            for setting in fields(stage.config):
+                mixture = get_origin(setting.type) is dict
+                assert mixture == (setting.name in MIXTURES), f"{kind}.{setting.name}"
 
     def test_a_record_knows_the_kind_of_an_arm(self, tmp_path, monkeypatch):
         "Two algorithms with the same settings: the one's actor is not the other's."

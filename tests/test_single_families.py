@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from test_families import close, logprobs, pictures, plain, vlm_of  # noqa: F401 (a fixture)
+from test_families import close, logprobs, plain, vlm_of  # noqa: F401 (a fixture)
 from torch.testing import assert_close
 
 from vlmrlhf_course.base.settings import UserError

@@ -227,12 +227,37 @@ def test_no_line_has_to_be_unfolded():
     assert not {where: faults for where, faults in found.items() if faults}
 
 
-def test_the_formatter_has_nothing_to_say():
-    places = [str(REPO / name) for name in ("nbs", "tests", "benchmarks")]
-    done = subprocess.run(
-        [sys.executable, "-m", "ruff", "format", "--check", "--no-cache", *places],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-    )
+def ruff(*words):
+    command = [sys.executable, "-m", "ruff", *words, "--no-cache"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_the_formatter_has_nothing_to_say():
+    ruff("format", "--check", "nbs", "tests", "benchmarks")
+
+
+def test_no_name_is_unknown_or_imported_in_vain():
+    "F811 is left out: a test's argument has its fixture's name."
+    ruff("check", "--select=F", "--ignore=F811", "vlmrlhf_course", "tests", "benchmarks")
+
+
+def named_in(node: ast.stmt) -> set[str]:
+    "The names that a statement gives to its module."
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return {node.name}
+    if isinstance(node, ast.ImportFrom):
+        return {name.asname or name.name for name in node.names}
+    stored = (n for n in ast.walk(node) if isinstance(n, ast.Name))
+    return {n.id for n in stored if isinstance(n.ctx, ast.Store)}
+
+
+def test_what_scripts_take_from_each_other_is_there():
+    "A fixture that moved fails at import, which pytest says after a quarter of an hour."
+    trees = {path.stem: ast.parse(path.read_text("utf-8")) for path in SCRIPTS}
+    given = {name: set().union(*map(named_in, tree.body)) for name, tree in trees.items()}
+    for name, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module in given:
+                missing = {n.name for n in node.names} - given[node.module]
+                assert not missing, f"{name}.py takes {missing} from {node.module}.py"

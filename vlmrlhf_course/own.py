@@ -16,7 +16,6 @@ from typing import Callable
 from fastcore.basics import patch
 from .base.checkpoints import checkpoint_digest
 from .base.config import build_config, check_choices, check_ranges
-from .base.records import digest_of
 from .base.runs import Run
 from .base.settings import UserError, home
 from .data.known import Known

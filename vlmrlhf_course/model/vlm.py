@@ -24,7 +24,7 @@ from .batch import Batch, pad_sides, stack_positions
 from .export import plain_model
 from .family import family_of, load_processor
 from .layout import empty_pictures
-from .precision import HALF, Widened, at_least_single
+from .precision import HALF, Widened
 from .memory import FeatureCache, Limits, Seen, passing
 from .packing import pack, packing_size, same_prompts
 from .roles import Role, Roles, handed_in
