@@ -9,19 +9,20 @@ __all__ = ['DTYPES', 'ATTENTION', 'SECTIONS', 'ModelConfig', 'RolloutConfig', 'f
 # %% ../nbs/99k_own_source.ipynb #imports
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Callable
 from fastcore.basics import patch
 from .base.checkpoints import checkpoint_digest
-from .base.config import build_config, check_choices, check_ranges
+from .base.config import LATER, build_config, check_choices, check_ranges
 from .base.runs import Run
 from .base.settings import UserError, home
 from .data.known import Known
 from .data.own import DataConfig, asked, digest_at, good_rows, splits_of
 from .data.prompts import Prompt
 from .model.memory import FeatureCache, FeaturesConfig, Limits
+from .model.quantised import QUANTISED, loading
 from .model.vlm import VLM, load_vlm
 from .report.evaluate import yes_or_no
 from .train.fit import in_epochs
@@ -40,9 +41,11 @@ class ModelConfig:
     attention: str = "auto"  # sdpa where the model has it; or eager, flash_attention_2
     trust_remote_code: bool = False  # run Python files that come with the checkpoint
     gradient_checkpointing: bool = False  # far less memory for a third more time: appendix Z
+    # of the language model's linear layers; nf4: four bits, with the package bitsandbytes
+    quantisation: str = field(default="none", metadata=LATER)
 
     def __post_init__(self):
-        check_choices(self, dtype=DTYPES, attention=ATTENTION)
+        check_choices(self, dtype=DTYPES, attention=ATTENTION, quantisation=QUANTISED)
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,12 @@ def folder_of(cfg: ModelConfig) -> Path:
 
 def load_checkpoint(cfg: ModelConfig, limits: Limits = Limits(), path=None) -> VLM:
     "The model with its processor, or what training has left of it at `path`, as it is asked for."
+    path = path or folder_of(cfg)
     settings = dict(dtype=cfg.dtype)
     if cfg.attention != "auto":
         settings["attn_implementation"] = cfg.attention
-    vlm = load_vlm(path or folder_of(cfg), cfg.trust_remote_code, **settings)
+    settings |= loading(cfg.quantisation, path, cfg.trust_remote_code)
+    vlm = load_vlm(path, cfg.trust_remote_code, **settings)
     vlm.limits, vlm._features = limits, FeatureCache(limits.features)
     return vlm
 

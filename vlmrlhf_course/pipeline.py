@@ -15,9 +15,17 @@ from .base.checkpoints import reading
 from .base.config import ARMS, OWN, arms_layer, load_layers, merge_sections, recorded
 from .base.runs import Run, cached_run
 from .base.settings import UserError, home, nearest
-from .base.stages import MEANS, SOURCES, STAGES, TAKEN, before, config_of, kind_of
-from .base.stages import resolve
-from .base.stages import stage_names
+from vlmrlhf_course.base.stages import (
+    MEANS,
+    SOURCES,
+    STAGES,
+    TAKEN,
+    WATCH,
+    before,
+    config_of,
+    kind_of,
+)
+from .base.stages import log_config, resolve, stage_names
 from .model.export import Head
 from .own import OwnSource, folder_of, own_source
 from .model.vlm import Speaker, VLM
@@ -142,8 +150,10 @@ def check_run(run: Run):
     Raises UserError that names the first one that no stage can use."""
     stages = stage_names(run.layers)
     own = MEANS if isinstance(run.source, OwnSource) else ()  # the drawn world fits anywhere
-    known = [*SOURCES, *own, *stages]
-    for name in (*SOURCES, *own):
+    sections = (*SOURCES, *WATCH, *own)
+    known = [*sections, *stages]
+    log_config(run)
+    for name in sections:
         if "kind" in run.layers.get(name, {}):
             raise UserError(f"{name}.kind: {name} is no stage; give the arm another name")
     for name, values in run.layers.items():

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from fastcore.basics import patch
 from tqdm import tqdm
+from .boards import boards
 from .files import SIGNATURE, jsonl, write_jsonl, write_text
 from .records import parse_record
 from .settings import UserError, is_main, notice, read_text
@@ -94,7 +95,7 @@ def own_log(file: Path, start: int):
 
 # %% ../../nbs/98b_metrics.ipynb #metrics
 class MetricLog:
-    """Metrics to `metrics.jsonl` and TensorBoard in `folder`.
+    """Metrics to `metrics.jsonl` in `folder`, and to boards (appendix I, continued).
 
     `start` is the number of steps already done, `rows` what a checkpoint knows of them: that
     counts, whatever has become of the file meanwhile."""
@@ -112,9 +113,7 @@ class MetricLog:
             fault = f"not as it was at the checkpoint after step {start}"
             notice(f"{self.path}: {fault}; the metrics are taken from there")
         write_jsonl(self.path, self.rows)
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=start)
+        self.boards = boards(Path(folder), start)
 
     def __call__(self, step: int, **values: float):
         if not self.main:
@@ -123,9 +122,9 @@ class MetricLog:
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
         self.rows.append(row)
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self.board.add_scalar(name, value, step)
+        figures = {name: x for name, x in values.items() if isinstance(x, (int, float))}
+        for board in self.boards:
+            board(step, figures)
 
 # %% ../../nbs/98b_metrics.ipynb #metrics-close
 @patch
@@ -133,7 +132,8 @@ def close(self: MetricLog):
     "The end of the log: what the file says is what was logged."
     if not self.main:
         return
-    self.board.close()
+    for board in self.boards:
+        board.close()
     if not self.path.is_file() or self.path.read_bytes() != jsonl(self.rows).encode():
         notice(f"{self.path}: something else has changed it meanwhile; it is written again")
         write_jsonl(self.path, self.rows)

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from ..base.checkpoints import save_folder
 from ..base.settings import UserError
+from .quantised import all_plain
 from .roles import Roles, plain_layer
 
 # %% ../../nbs/99h_export.ipynb #beside
@@ -86,7 +87,7 @@ def plain_model(vlm: Roles, name: str | None) -> torch.nn.Module:
         model.set_submodule(where_language_is(vlm), language)
         model.set_output_embeddings(head)
         untie(model)
-    return model.requires_grad_(False)
+    return all_plain(model).requires_grad_(False)
 
 
 def untie(model: torch.nn.Module):

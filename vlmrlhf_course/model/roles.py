@@ -25,6 +25,7 @@ from torch import nn
 from ..base.config import LATER, check_ranges
 from ..base.settings import UserError, nearest
 from .precision import HALF, at_least_single
+from .quantised import all_plain, is_quantised, with_adapters
 
 # %% ../../nbs/99b_roles.ipynb #roles
 @dataclass(frozen=True)
@@ -164,13 +165,13 @@ class Roles:
 
 def _bare(module: nn.Module) -> nn.Module:
     "Without adapters: what a full copy starts from. Those that the model brought are folded in."
-    for weight in module.parameters():
-        weight.data = at_least_single(weight.data)  # it will learn
     for part in module:
         vars(part).pop("_adapted", None)
     for path, m in list(module.named_modules()):
         if isinstance(m, BaseTunerLayer):
             module.set_submodule(path, plain_layer(m))
+    for weight in all_plain(module).parameters():
+        weight.data = at_least_single(weight.data)  # it will learn
     return module.requires_grad_(True)
 
 
@@ -219,12 +220,14 @@ def handed_in(model: nn.Module) -> nn.Module:
         m.requires_grad_(False)
     return bare.eval()  # dropout would make two passes of one policy differ
 
-
+# %% ../../nbs/99b_roles.ipynb #brought-plain
 def plain_layer(layer: BaseTunerLayer, *names: str) -> nn.Module:
     """What is below a layer's adapters, with what the model brought folded in, and `names`.
 
     In half precision the sum is rounded, once."""
     base, folded = layer.get_base_layer(), list(dict.fromkeys([*brought(layer), *names]))
+    if is_quantised(base):
+        return with_adapters(layer, folded)
     if folded:
         dtype = base.weight.dtype
         base.weight.data = at_least_single(base.weight.data)
@@ -343,12 +346,13 @@ def speaking(self: Roles, role: str | None = None):
 def merged(vlm: Roles, role: str | None):
     """Within this block the trunk's own weights are W + BA, so that an adapter costs nothing.
 
-    Yields the role to speak in. Half precision would round the sum, and ratios would not be 1:
-    there the adapter stays apart; and where the model brought others, which may depend on W."""
+    Yields the role to speak in. Fewer bits would round the sum, and ratios would not be 1: there
+    the adapter stays apart; and where the model brought others, which may depend on W."""
     adapts = role is not None and vlm.role(role).copy is None
     layers = [m for m in vlm.lora_layers() if role in m.lora_A] if adapts else []
     weights = [m.get_base_layer().weight for m in layers]
-    if not layers or weights[0].dtype in HALF or any(map(brought, layers)):
+    packed = any(map(is_quantised, layers))
+    if not layers or packed or weights[0].dtype in HALF or any(map(brought, layers)):
         yield role
         return
     before = [w.data for w in weights]

@@ -27,6 +27,7 @@ from .layout import empty_pictures
 from .precision import HALF, Widened
 from .memory import FeatureCache, Limits, Seen, passing
 from .packing import pack, packing_size, same_prompts
+from .quantised import check_packed, one_way
 from .roles import Role, Roles, handed_in
 
 # %% ../../nbs/02c_vlm.ipynb #vlm
@@ -91,7 +92,7 @@ def words(self: VLM) -> int:
 
 @patch
 def computing(self: VLM):
-    "Where weights are in half precision, sums within this block are not (appendix U)."
+    "Where weights are in half precision, sums within this block are not (appendix Y)."
     words = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
     some = [next(part.parameters(), None) for part in (*words, self.projector, self.tower)]
     return Widened() if any(p is not None and p.dtype in HALF for p in some) else nullcontext()
@@ -106,6 +107,7 @@ def load_vlm(path: str | Path, trust_remote_code: bool = False, **settings) -> V
         raise FileNotFoundError(
             f"{path}: no config.json there; give a folder with a saved vision-language model"
         )
+    check_packed(path)
     device = own_device()
     if device.type != "cpu":
         settings = dict(device_map={"": device}) | settings
@@ -119,7 +121,7 @@ def load_vlm(path: str | Path, trust_remote_code: bool = False, **settings) -> V
         raise UserError(
             f"{path}: its tokenizer lacks token {image}, the image; take the model's own processor"
         )
-    return VLM(model, processor)
+    return VLM(one_way(model), processor)
 
 
 def save_vlm(vlm: VLM, path: str | Path, of: str = ""):

@@ -15,13 +15,14 @@ from ..base.checkpoints import clear_checkpoints
 from ..base.config import check_mixture, check_ranges
 from ..base.files import seal, sealed_as
 from ..base.records import read_jsonl
-from ..base.settings import is_main
+from ..base.settings import UserError, is_main
 from ..base.stages import STAGES, Stage, Task
 from ..data.prompts import KINDS, Prompt
 from ..data.source import Source
 from ..model.precision import at_least_single
 from ..model.export import save_plain
 from ..model.memory import of_tokens
+from ..model.quantised import is_quantised
 from ..model.roles import LoRAConfig, ParamGroup, Role
 from ..model.vlm import VLM, load_vlm, save_vlm, token_logprobs
 from .fit import FitConfig, converged, fit, learning
@@ -115,6 +116,8 @@ def learn_part(vlm: VLM, name: str):
     vlm.model.requires_grad_(False)
     vlm.projector.requires_grad_(True)
     if name == "language":
+        if any(map(is_quantised, vlm.language.modules())):
+            raise UserError("model.quantisation: packed weights cannot learn; give sft.lora.r=16")
         vlm.language.requires_grad_(True)
         vlm.model.get_output_embeddings().requires_grad_(True)
 
