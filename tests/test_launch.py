@@ -140,6 +140,7 @@ def test_results_made_under_other_variables(capsys, made, tmp_path, monkeypatch,
         ("ACCELERATE_DYNAMO_BACKEND", "rocket"),
         ("ACCELERATE_MIXED_PRECISION", "bf17"),
         ("ACCELERATE_USE_DEEPSPEED", "true"),
+        ("ACCELERATE_USE_FSDP", "true"),
         ("ACCELERATE_TORCH_DEVICE", "rocket"),
     ],
 )

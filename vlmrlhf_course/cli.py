@@ -187,6 +187,7 @@ def run_all(run, args) -> dict:
     result = share(lambda: finished_report(run, uses_of(run, "evaluate")))
     if not result:
         make_arms(run, args, jobs)
+        run.copies = jobs if alone() and not args.own else 1  # a copy's calls would not be counted
         result = obtain(run, "evaluate")
         record_settings(run)
     print(text_table(result, report_names(run, config_of(run, "evaluate"))))

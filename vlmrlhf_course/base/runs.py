@@ -47,6 +47,7 @@ class Run:
         self.observers = ()  # each is called after an arm's iteration: (arm, step, **its figures)
         self.cost = dict  # () → what a report says besides: what the run has cost
         self.trusted = None  # of own data, the content that a record names: see `reopen`
+        self.copies = 1  # of this process, that measure policies at once
         self.code = dict  # () → whose functions ran in the library's place: see `--impl`
         self.layers = load_layers(scale, overrides) if layers is None else layers
         around = environment()

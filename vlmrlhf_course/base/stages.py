@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'TAKEN', 'SOURCES', 'MEANS', 'WATCH', 'Task', 'Stage', 'check_name', 'kind_of', 'stage_names', 'stage_of',
-           'config_of', 'label_of', 'before', 'uses_of', 'resolve', 'log_config']
+           'config_of', 'label_of', 'before', 'uses_of', 'resolve', 'Needed', 'log_config']
 
 # %% ../../nbs/90c_stages.ipynb #imports
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 import torch
 from .boards import LogConfig, shown_on
+from .launch import share
 from .records import digest_of
 from .runs import Run
 from .settings import UserError, nearest
@@ -25,7 +27,7 @@ class Task:
     run: Run
     name: str  # its section and folder
     cfg: object  # a frozen dataclass
-    needed: dict[str, object]  # results of the stages before it: name → what `load` gave
+    needed: Mapping[str, object]  # results of the stages before it: name → what `load` gave
     uses: dict  # what its record must agree with
 
     @property
@@ -141,12 +143,31 @@ def resolve(run: Run, name: str):
     "The result of a stage of a run: made if it is not there yet, then loaded, and kept."
     if name not in run.kept:
         stage, cfg = stage_of(run, name), config_of(run, name)
-        needed = {n: resolve(run, n) for n in stage.needs(cfg)}
-        task = Task(run, name, cfg, needed, uses_of(run, name))
+        task = Task(run, name, cfg, Needed(run, stage.needs(cfg)), uses_of(run, name))
+        if stage.whole:
+            dict(task.needed)
         run.kept[name] = stage.whole(task) if stage.whole else _make_and_load(stage, task)
     return run.kept[name]
 
 
+class Needed(Mapping):
+    "Results of the stages that one needs. Who loads a stage that is done asks for few of them."
+
+    def __init__(self, run: Run, names: tuple[str, ...]):
+        self.run, self.names = run, names
+
+    def __getitem__(self, name: str):
+        if name not in self.names:
+            raise KeyError(name)
+        return resolve(self.run, name)
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)
+
+# %% ../../nbs/90c_stages.ipynb #obtain-2
 def log_config(run: Run) -> LogConfig:
     "Where a run's metrics are shown. Raises UserError."
     return run.section("log", LogConfig)
@@ -155,10 +176,13 @@ def log_config(run: Run) -> LogConfig:
 def _make_and_load(stage: Stage, task: Task):
     "A stage's result, after it was made where it was missing."
     run = task.run
+    if not share((task.folder / "done.json").is_file):
+        dict(task.needed)  # made, or loaded, in this order, before this one begins
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
         built = stage.build(task)
     if not run.done(task.name, task.uses):
+        dict(task.needed)
         shown = shown_on(log_config(run), run.folder)
         # whoever asks may only want to read
         with torch.inference_mode(False), torch.enable_grad(), shown:

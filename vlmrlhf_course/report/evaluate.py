@@ -6,7 +6,7 @@
 __all__ = ['BESIDES', 'OTHERS', 'Voice', 'NOVEL', 'PICTURES', 'bootstrap_interval', 'EvaluateConfig', 'true_figures_of',
            'figures', 'speak', 'likelihood', 'speak_greedily', 'speak_blindly', 'cooled_to', 'best_of_n', 'wins',
            'yes_or_no', 'quiz_figures', 'quiz', 'without_preface', 'Policies', 'below_sft', 'as_far', 'voices',
-           'quizzed', 'difference_of', 'compare']
+           'quizzed', 'Asked', 'table_row', 'difference_of', 'compare']
 
 # %% ../../nbs/11_evaluate.ipynb #imports
 import math
@@ -14,9 +14,10 @@ import re
 import unicodedata
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Callable
+from typing import Callable, NamedTuple
 import torch
 from ..base.config import LATER, check_ranges
+from ..base.launch import in_copies
 from ..base.metrics import progress, seed_of
 from ..base.settings import UserError
 from ..data.prompts import Prompt, references
@@ -307,6 +308,31 @@ def quizzed(name: str, voice: Voice, who: Policies, questions: list[Prompt]) -> 
     said = said or quiz_figures(questions, voice(questions)[0])
     return dict(pope_accuracy=said["accuracy"], pope_yes_rate=said["yes_rate"])
 
+# %% ../../nbs/11_evaluate.ipynb #rows
+NOVEL = ("chair_i", "recall")  # what is measured on unseen combinations
+
+
+class Asked(NamedTuple):
+    "What every row of the table is asked."
+
+    prompts: list[Prompt]
+    questions: list[Prompt]  # yes or no
+    novel: list[Prompt]  # about combinations that no training picture shows
+
+
+def table_row(
+    who: Policies, source: Source, asked: Asked, voice: Voice, name: str
+) -> tuple[dict, list[str]]:
+    "Figures of one row of the table, and its answers."
+    said, kl = voice(asked.prompts)
+    row = figures(source, asked.prompts, said, who.rm, kl)
+    if asked.questions:
+        row |= quizzed(name, voice, who, asked.questions)
+    if asked.novel:
+        unseen = true_figures_of(source, asked.novel, voice(asked.novel)[0])
+        row |= {f"novel_{key}": unseen[key] for key in NOVEL if key in unseen}
+    return row, said
+
 # %% ../../nbs/11_evaluate.ipynb #compare
 def difference_of(one: torch.Tensor, other: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
     "Ratio of sums of `one`, (2, N), less that of `other`, for each draw of pictures: (draws,)."
@@ -314,30 +340,26 @@ def difference_of(one: torch.Tensor, other: torch.Tensor, picks: torch.Tensor) -
     return ratios[0] - ratios[1]
 
 
-NOVEL = ("chair_i", "recall")  # what is measured on unseen combinations
-
-
 PICTURES = "report"  # draws the same held-out pictures for every seed: seeds differ in training
 
 
-def compare(who: Policies, source: Source, cfg: EvaluateConfig):
-    "Figures of every policy on held-out pictures; their answers; the prompts."
+def compare(who: Policies, source: Source, cfg: EvaluateConfig, copies: int = 1):
+    """Figures of every policy on held-out pictures; their answers; the prompts. `copies` of this
+    process measure at once."""
     prompts = source.prompts("test", cfg.scenes, dict(detail=1.0), PICTURES)
     questions, novel = source.quiz(prompts), []
     if "novel" in source.splits:
         novel = source.prompts("novel", cfg.scenes, dict(detail=1.0), PICTURES)
     longest = cfg.max_new_tokens
     rows = voices(who, cfg.best_of, as_far(who, prompts, longest), longest)
-    said, result = {}, {}
+    said, result, asked = {}, {}, Asked(prompts, questions, novel)
+
+    def measure(name):
+        return table_row(who, source, asked, rows[name], name)
+
+    done = in_copies(measure, list(rows), copies)
     for name in progress(list(rows), "evaluating"):
-        said[name], kl = rows[name](prompts)
-        row = figures(source, prompts, said[name], who.rm, kl)
-        if questions:
-            row |= quizzed(name, rows[name], who, questions)
-        if novel:
-            unseen = true_figures_of(source, novel, rows[name](novel)[0])
-            row |= {f"novel_{key}": unseen[key] for key in NOVEL if key in unseen}
-        result[name] = row
+        result[name], said[name] = next(done)
     for name in result.keys() - {"sft", "sft_greedy"}:
         found = below_sft(source, prompts, said, name)
         if not found:

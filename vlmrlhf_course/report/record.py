@@ -183,7 +183,7 @@ def evaluate(task: Task) -> dict:
     curves = training_curves(run, cfg)  # a damaged log is found before hours of computing
     begin_evaluation(run, task.uses)
     who = Policies(needed["sft"], needed["reward"], {a: needed[a] for a in cfg.arms}, cfg.headline)
-    result, said, prompts = compare(who, run.source, cfg)
+    result, said, prompts = compare(who, run.source, cfg, run.copies)
     for arm in cfg.arms:
         for row in (arm, f"{arm}_greedy"):
             result[row]["iterations"] = budget(run, arm)

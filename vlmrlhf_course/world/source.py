@@ -9,6 +9,7 @@ __all__ = ['sample_prompts', 'sft_items', 'label', 'judge_model', 'detail_prompt
 import random
 import re
 import unicodedata
+from functools import cache, partial
 from typing import Callable
 from ..data.prompts import Prompt
 from ..model.vlm import VLM, answer, load_vlm
@@ -38,7 +39,7 @@ def sample_prompts(
 
 def sft_items(cfg, world: WorldConfig, seed: int, faithful: bool) -> Callable[[int], list[Prompt]]:
     "step → prompts with answers: true captions for stage 1, careless answers for stage 2."
-    scenes = sample_scenes(cfg.pictures, "train", seed, world)
+    scenes = cache(partial(sample_scenes, cfg.pictures, "train", seed, world))  # when asked
     size = (cfg.projector if faithful else cfg.language).batch
 
     def at(step: int) -> list[Prompt]:
@@ -46,7 +47,7 @@ def sft_items(cfg, world: WorldConfig, seed: int, faithful: bool) -> Callable[[i
         kinds = ["detail"] * size
         if not faithful:
             kinds = rng.choices(list(cfg.kinds), list(cfg.kinds.values()), k=size)
-        prompts = [make_prompt(rng.choice(scenes), kind, rng) for kind in kinds]
+        prompts = [make_prompt(rng.choice(scenes()), kind, rng) for kind in kinds]
         return prompts if faithful else [careless(p, rng, world) for p in prompts]
 
     return at
