@@ -16,6 +16,8 @@ class Run:
         pass
 
     def log(self, figures):
+        if project_of[self] == "breaks":
+            raise OSError("the line is dead")
         assert all(isinstance(x, (int, float)) for x in figures.values())
         print(sorted(figures), file=self.file)
 
@@ -24,9 +26,14 @@ class Run:
 
 
 def init(project, name, group, dir, reinit):
-    if project == "away":
+    if project == "away" or (project == "leaves" and name != "reward"):
         raise ConnectionError("no route to the service")
-    return Run(name=name, group=group, dir=dir)
+    run = Run(name=name, group=group, dir=dir)
+    project_of[run] = project
+    return run
+
+
+project_of = {}
 """
 
 
@@ -75,3 +82,13 @@ def test_boards_have_no_say_in_the_drawn_world_either(capsys, tmp_path):
     words = ["sft", "--scale", "smoke", "--out", str(tmp_path / "run")]
     assert main([*words, "--set", "log.tensorboards=false"]) == 2
     assert "did you mean" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("project, said", [("leaves", "goes on without it"), ("breaks", "is dead")])
+def test_a_service_that_leaves_does_not_stop_a_run(words, tmp_path, capsys, project, said):
+    "After the first stage, or in the middle of one: it is said, and the files are written."
+    assert main([*words, "--set", f"log.wandb={project}"]) == 0
+    argv = ["ppo", *words[1:], "--set", f"log.wandb={project}"]
+    assert main(argv) == 0
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "run" / "ppo" / "done.json").is_file()

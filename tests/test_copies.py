@@ -1,7 +1,9 @@
 "What makes a run quicker changes nothing of it: copies of a process measure, and who loads a \
 stage that is done asks for what that needs."
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,13 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import vlmrlhf_course
 from vlmrlhf_course.base.launch import in_copies
+from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.base.stages import config_of
+from vlmrlhf_course.model.memory import FeatureCache, FeaturesConfig, Seen
 from vlmrlhf_course.pipeline import obtain, reopen
 from vlmrlhf_course.report import evaluate
 from vlmrlhf_course.report.evaluate import Policies, compare
+from vlmrlhf_course.report.record import REPORT
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +98,61 @@ def test_several_threads_are_not_copied(monkeypatch):
     "OpenMP's threads would be missing in a copy, and it would wait for them."
     monkeypatch.setattr("torch.get_num_threads", lambda: 4)
     assert list(in_copies(lambda x: os.getpid(), [1, 2], 2)) == [os.getpid()] * 2
+
+
+def test_copies_do_not_read_each_others_pictures(tmp_path):
+    "Features on the disk: one folder, and the same count of files, in each copy."
+    cache = FeatureCache(FeaturesConfig("disk", limit_gb=1.5 * 24 / 2**30))
+    cache["before"] = Seen(torch.zeros(1, 2, 3))
+
+    def keep(x):
+        cache[x] = Seen(torch.full((1, 2, 3), float(x)))  # there is room for one: another goes
+        time.sleep(0.5)
+        return float(cache[x].features.mean())
+
+    assert list(in_copies(keep, [1, 2, 3, 4], 2)) == [1.0, 2.0, 3.0, 4.0]
+    assert float(cache["before"].features.sum()) == 0
+
+
+def test_an_error_does_not_wait_for_others():
+    def row(x):
+        if x == 0:
+            raise ValueError("no such row")
+        time.sleep(30)
+
+    start = time.time()
+    with pytest.raises(ValueError, match="no such row"):
+        list(in_copies(row, list(range(12)), 2))
+    assert time.time() - start < 15
+
+
+@pytest.fixture
+def unmeasured(smoke_run, tmp_path, monkeypatch):
+    "A finished run without its evaluation; to measure anything is too late for what is wrong."
+    copied = tmp_path / "run"
+    shutil.copytree(smoke_run, copied, symlinks=True)
+    shutil.rmtree(copied / "evaluate")
+    for name in REPORT:
+        (copied / name).unlink()
+
+    def too_late(*given):
+        raise AssertionError("measured before the records were looked at")
+
+    monkeypatch.setattr("vlmrlhf_course.report.record.compare", too_late)
+    return copied
+
+
+@pytest.mark.parametrize("stage", ["preferences", "detector", "reward"])
+def test_a_report_believes_no_edited_record(unmeasured, stage):
+    record = unmeasured / stage / "done.json"
+    found = json.loads(record.read_text())
+    record.write_text(json.dumps(found | dict(kappa=0.9999, validation=0.9999)))
+    with pytest.raises(UserError, match="has changed"):
+        obtain(reopen(unmeasured), "evaluate")
+
+
+def test_what_is_gone_is_made_again_before_anything_is_measured(unmeasured):
+    shutil.rmtree(unmeasured / "detector")
+    with pytest.raises(AssertionError, match="measured before"):
+        obtain(reopen(unmeasured), "evaluate")
+    assert (unmeasured / "detector" / "done.json").is_file()

@@ -112,3 +112,12 @@ def test_what_is_no_reward_model_is_refused_before_anything_is_computed(
     line = refusal(capsys, "ppo", *given_words, "--reward-model", trained / place)
     assert words in line and str(trained / place) in line
     assert not (tmp_path / "run" / "sft").exists()
+
+
+def test_a_trunk_that_was_packed_otherwise(trained, capsys):
+    "Scores depend on it: within one run that is refused, too."
+    data = lines(squares(20, trained / "others"), trained / "others.jsonl")
+    more = ["--reward-model", trained / "first" / "reward", "--set", "model.quantisation=nf4"]
+    assert main(["reward", *given(trained, "llava", data, "packed", *more)]) == 2
+    said = capsys.readouterr().err
+    assert "model.quantisation=none, and here it is nf4" in said

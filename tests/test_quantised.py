@@ -11,10 +11,13 @@ from other_specs import OTHERS
 from own_data import checkpoint, lines, recipe, squares
 from peft import PeftModel
 from report_models import LORA, full, make, prompts, shake  # noqa: F401 (fixture)
+from safetensors.torch import load_file
 from test_half_precision import ratio_error
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText
 
+from vlmrlhf_course.base.checkpoints import Checkpoints
+from vlmrlhf_course.base.launch import make_accelerator
 from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.cli import main
 from vlmrlhf_course.model import quantised
@@ -24,6 +27,7 @@ from vlmrlhf_course.model.roles import LoRAConfig
 from vlmrlhf_course.model.vlm import VLM, load_vlm, save_vlm
 from vlmrlhf_course.own import ModelConfig, load_checkpoint
 from vlmrlhf_course.rl.rollout import sample
+from vlmrlhf_course.train.reward import RewardConfig, RewardModel
 from vlmrlhf_course.train.sft import learn_part
 
 KINDS = ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "aya_vision"]  # the last: the general family
@@ -119,9 +123,31 @@ def folder(tmp_path):
 
 
 def test_packed_weights_do_not_learn(folder):
+    "Nor may an adapter that SFT would merge: what it has learned is rounded away by packing."
     vlm = load_checkpoint(ModelConfig(str(folder), quantisation="nf4"))
-    with pytest.raises(UserError, match="give sft.lora.r=16"):
+    with pytest.raises(UserError, match="train sft without it, in a run of its own"):
         learn_part(vlm, "language")
+
+
+def test_training_goes_on_from_a_checkpoint(folder, tmp_path):
+    "Which holds what learns, and none of the packed weights' scales."
+    vlm = load_checkpoint(ModelConfig(str(folder), quantisation="nf4"))
+    rm = RewardModel(vlm, RewardConfig(lora=LORA))
+    vlm.model.requires_grad_(False)
+    for p in rm.role.trained():
+        p.requires_grad_(True)
+    accelerator = make_accelerator()
+    task = accelerator.prepare(rm)
+    saved = Checkpoints(tmp_path / "checkpoints", accelerator)
+    saved.save(1, [])
+    kept = load_file(tmp_path / "checkpoints" / "step-1" / "model.safetensors")
+    assert any("lora_" in name for name in kept)
+    assert not any("base_layer" in name or "absmax" in name for name in kept)
+    was = {name: p.clone() for name, p in task.named_parameters() if p.requires_grad}
+    for p in rm.role.trained():
+        p.data += 1
+    assert saved.load() == 1
+    assert all(torch.equal(p, was[n]) for n, p in task.named_parameters() if n in was)
 
 
 def test_without_the_package(folder, monkeypatch):
@@ -136,15 +162,19 @@ def test_without_the_package(folder, monkeypatch):
         dict(quant_method="gptq", bits=4),
         dict(quant_method="awq", bits=4),
         dict(quant_method="bitsandbytes", load_in_8bit=True),
+        dict(quant_method="bitsandbytes", load_in_4bit=True, bnb_4bit_quant_type="fp4"),
         dict(quant_method="compressed-tensors"),
         dict(bits=2),
     ],
-    ids=lambda how: how.get("quant_method", "unknown"),
+    ids=str,
 )
-def test_other_kinds_of_packing_are_refused(folder, how):
+@pytest.mark.parametrize("where", ["whole", "text_config"])
+def test_other_kinds_of_packing_are_refused(folder, how, where):
     config = folder / "config.json"
     values = json.loads(config.read_text())
-    config.write_text(json.dumps(values | dict(quantization_config=how)))
+    part = values if where == "whole" else values[where]
+    part["quantization_config"] = how
+    config.write_text(json.dumps(values))
     method = how.get("quant_method", "unknown")
     with pytest.raises(UserError, match=rf"come packed \({method}\); give the checkpoint"):
         load_vlm(folder)
@@ -153,7 +183,7 @@ def test_other_kinds_of_packing_are_refused(folder, how):
 
 
 def test_a_run(tmp_path, capsys):
-    "Demonstrations, then pairs: adapters alone learn, and a plain folder comes out."
+    "From pairs: adapters alone learn, and a plain folder comes out."
     checkpoint("llava", tmp_path / "model")
     lines(squares(40, tmp_path / "pictures"), tmp_path / "pairs.jsonl")
     words = ["--model", tmp_path / "model", "--data", tmp_path / "pairs.jsonl"]

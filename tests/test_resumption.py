@@ -143,7 +143,7 @@ def test_an_evaluation_loads_one_model(smoke_run, tmp_path, monkeypatch):
     count(world, "load_vlm")
     count(preferences, "load_pairs")
     assert main(smoke("evaluate", tmp_path / "run")) == 0
-    assert Counter(calls) == dict(load_vlm=1)
+    assert Counter(calls) == dict(load_vlm=1, load_pairs=2)
     same_files(smoke_run, tmp_path / "run", ["report.html", "before_after.png"])
 
 

@@ -342,7 +342,11 @@ def in_copies(function: Callable, items: list, copies: int) -> Iterator:
     with ProcessPoolExecutor(copies, how, _end_without, (os.getpid(),)) as crew:
         try:
             yield from crew.map(_answered, items)
-        except BrokenProcessPool:
+        except BaseException as error:  # Ctrl-C, too: nobody waits for what was asked already
+            for copy in multiprocessing.active_children():
+                copy.terminate()
+            if not isinstance(error, BrokenProcessPool):
+                raise
             fault = "a process that measured was killed from outside (is memory scarce?)"
             raise UserError(f"{fault}; the same command goes on") from None
         finally:

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from fastcore.basics import patch
 from tqdm import tqdm
-from .boards import boards
+from .boards import boards, tell
 from .files import SIGNATURE, jsonl, write_jsonl, write_text
 from .records import parse_record
 from .settings import UserError, is_main, notice, read_text
@@ -123,8 +123,7 @@ class MetricLog:
             f.write(json.dumps(row) + "\n")
         self.rows.append(row)
         figures = {name: x for name, x in values.items() if isinstance(x, (int, float))}
-        for board in self.boards:
-            board(step, figures)
+        tell(self.boards, lambda board: board(step, figures))
 
 # %% ../../nbs/98b_metrics.ipynb #metrics-close
 @patch
@@ -132,8 +131,7 @@ def close(self: MetricLog):
     "The end of the log: what the file says is what was logged."
     if not self.main:
         return
-    for board in self.boards:
-        board.close()
+    tell(self.boards, lambda board: board.close())
     if not self.path.is_file() or self.path.read_bytes() != jsonl(self.rows).encode():
         notice(f"{self.path}: something else has changed it meanwhile; it is written again")
         write_jsonl(self.path, self.rows)

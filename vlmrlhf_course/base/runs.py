@@ -43,6 +43,7 @@ class Run:
         self.skipped = {} if skip_bad else None  # records left out: place → fault
         self.folder, self.scale, self.seed = Path(folder), scale, seed
         self.source, self.kept = None, {}  # where data comes from; results that are loaded
+        self.looked_at = set()  # stages that are done, and as they were written
         self.built = {}  # configurations: a stage is asked for hundreds of times
         self.observers = ()  # each is called after an arm's iteration: (arm, step, **its figures)
         self.cost = dict  # () → what a report says besides: what the run has cost

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'TAKEN', 'SOURCES', 'MEANS', 'WATCH', 'Task', 'Stage', 'check_name', 'kind_of', 'stage_names', 'stage_of',
-           'config_of', 'label_of', 'before', 'uses_of', 'resolve', 'Needed', 'log_config']
+           'config_of', 'label_of', 'before', 'uses_of', 'resolve', 'check_before', 'is_done', 'Needed', 'log_config']
 
 # %% ../../nbs/90c_stages.ipynb #imports
 import re
@@ -145,11 +145,29 @@ def resolve(run: Run, name: str):
         stage, cfg = stage_of(run, name), config_of(run, name)
         task = Task(run, name, cfg, Needed(run, stage.needs(cfg)), uses_of(run, name))
         if stage.whole:
-            dict(task.needed)
+            for other in before(run, name):
+                resolve(run, other)
         run.kept[name] = stage.whole(task) if stage.whole else _make_and_load(stage, task)
     return run.kept[name]
 
 
+def check_before(run: Run, name: str):
+    """See that all that comes before a stage is there and as it was written, without loading it;
+    what is gone is made again."""
+    for other in before(run, name):
+        if other in run.kept or other in run.looked_at:
+            continue
+        if is_done(run, other) and run.done(other, uses_of(run, other)):
+            run.looked_at.add(other)
+        else:
+            resolve(run, other)
+
+
+def is_done(run: Run, name: str) -> bool:
+    "Has a stage a record that it is done? All processes hear the same."
+    return share((run.path(name) / "done.json").is_file)
+
+# %% ../../nbs/90c_stages.ipynb #needed
 class Needed(Mapping):
     "Results of the stages that one needs. Who loads a stage that is done asks for few of them."
 
@@ -176,7 +194,9 @@ def log_config(run: Run) -> LogConfig:
 def _make_and_load(stage: Stage, task: Task):
     "A stage's result, after it was made where it was missing."
     run = task.run
-    if not share((task.folder / "done.json").is_file):
+    if is_done(run, task.name):
+        check_before(run, task.name)
+    else:
         dict(task.needed)  # made, or loaded, in this order, before this one begins
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)

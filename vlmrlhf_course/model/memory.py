@@ -8,6 +8,7 @@ __all__ = ['MOST_LOGITS', 'FeaturesConfig', 'Limits', 'recomputing', 'in_role', 
 
 # %% ../../nbs/99n_memory.ipynb #imports
 import itertools
+import os
 import tempfile
 from collections import OrderedDict
 from collections.abc import MutableMapping
@@ -194,8 +195,8 @@ class FeatureCache(MutableMapping):
     def __delitem__(self, key):
         size, kept = self.kept.pop(key)
         self.held -= size
-        if isinstance(kept, Path):
-            remove_temporary(kept, Path(self.folder.name))
+        if isinstance(kept, Path) and kept.name.startswith(f"{os.getpid()}-"):
+            remove_temporary(kept, Path(self.folder.name))  # in a copy of the process others' stay
 
     def __iter__(self):
         return iter([*self.kept])  # to look at one changes the order
@@ -222,6 +223,6 @@ def admit(self: FeatureCache, key, size: int, seen: Seen):
     kept = seen.alone()
     if self.folder is not None:
         tensors = {name: x for name, x in kept._asdict().items() if x is not None}
-        kept = Path(self.folder.name) / f"{next(self.numbers)}.safetensors"
+        kept = Path(self.folder.name) / f"{os.getpid()}-{next(self.numbers)}.safetensors"
         save_file(tensors, kept)
     self.kept[key], self.held = (size, kept), self.held + size

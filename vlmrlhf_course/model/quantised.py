@@ -62,11 +62,14 @@ def check_packed(path: str | Path):
     "Raise UserError for a checkpoint that comes packed in a way that nothing here was tried with."
     config = Path(path) / "config.json"
     with reading(config, "give a folder with a whole checkpoint"):
-        packed = json.loads(config.read_text("utf-8")).get("quantization_config")
+        found = json.loads(config.read_text("utf-8"))
+        parts = [found, *(part for part in found.values() if isinstance(part, dict))]
+        packed = [part["quantization_config"] for part in parts if part.get("quantization_config")]
     if not packed:
         return
-    method = packed.get("quant_method", "unknown")
-    if method != "bitsandbytes" or not packed.get("load_in_4bit"):
+    method = packed[0].get("quant_method", "unknown")
+    four = packed[0].get("load_in_4bit") and packed[0].get("bnb_4bit_quant_type") == "nf4"
+    if method != "bitsandbytes" or not four:
         remedy = (
             "give the checkpoint that it was made from, with model.quantisation=nf4 if you like"
         )

@@ -117,7 +117,11 @@ def learn_part(vlm: VLM, name: str):
     vlm.projector.requires_grad_(True)
     if name == "language":
         if any(map(is_quantised, vlm.language.modules())):
-            raise UserError("model.quantisation: packed weights cannot learn; give sft.lora.r=16")
+            fault = (
+                "demonstrations cannot be learned by packed weights, nor packed again afterwards"
+            )
+            remedy = "train sft without it, in a run of its own, and give that run's sft/language"
+            raise UserError(f"model.quantisation: {fault}; {remedy} (--model)")
         vlm.language.requires_grad_(True)
         vlm.model.get_output_embeddings().requires_grad_(True)
 
