@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -214,7 +215,10 @@ def test_ctrl_c_ends_it_soon_and_keeps_what_is_done(tmp_path):
     (tmp_path / "settings.ini").write_text("[exercises]\nseconds = 100\n")
     words = ["grade", str(mail), "--out", str(out), "--jobs", "1", "--chapters", "08_kl"]
     command = [sys.executable, "-m", "vlmrlhf_course.cli", *words]
-    run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, env=os.environ)
+    # Whoever has started pytest in the background lets it ignore Ctrl-C, and children inherit that.
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    more = dict(stderr=subprocess.PIPE, env=os.environ, preexec_fn=hears)
+    run = subprocess.Popen(command, cwd=tmp_path, **more)
     try:
         late = time.monotonic() + 120
         while not list(out.glob("results/anna*")) and time.monotonic() < late:
@@ -222,7 +226,7 @@ def test_ctrl_c_ends_it_soon_and_keeps_what_is_done(tmp_path):
         time.sleep(0.5)
         run.send_signal(signal.SIGINT)
         asked = time.monotonic()
-        said = run.communicate(timeout=120)[1].decode()
+        said = run.communicate(timeout=60)[1].decode()
     finally:
         run.kill()
     busy = max(1, os.getloadavg()[0] / (os.cpu_count() or 1))  # others work on this machine, too
