@@ -15,17 +15,8 @@ from .base.checkpoints import reading
 from .base.config import ARMS, OWN, arms_layer, load_layers, merge_sections, recorded
 from .base.runs import Run, cached_run
 from .base.settings import UserError, home, nearest
-from vlmrlhf_course.base.stages import (
-    MEANS,
-    SOURCES,
-    STAGES,
-    TAKEN,
-    WATCH,
-    before,
-    config_of,
-    kind_of,
-)
-from .base.stages import log_config, resolve, stage_names
+from .base.stages import MEANS, SOURCES, STAGES, TAKEN, WATCH, before, config_of
+from .base.stages import kind_of, log_config, resolve, stage_names
 from .model.export import Head
 from .own import OwnSource, folder_of, own_source
 from .model.vlm import Speaker, VLM
