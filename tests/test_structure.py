@@ -242,6 +242,14 @@ def test_no_name_is_unknown_or_imported_in_vain():
     ruff("check", "--select=F", "--ignore=F811", "vlmrlhf_course", "tests", "benchmarks")
 
 
+def test_a_module_imports_its_own_package_relatively():
+    "nbdev makes it so, but not where an import goes over several lines."
+    for path in MODULES:
+        for node in ast.parse(path.read_text("utf-8")).body:
+            absolute = isinstance(node, ast.ImportFrom) and node.level == 0
+            assert not (absolute and node.module.startswith("vlmrlhf_course")), path.name
+
+
 def named_in(node: ast.stmt) -> set[str]:
     "The names that a statement gives to its module."
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):

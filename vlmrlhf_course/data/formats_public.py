@@ -11,17 +11,8 @@ __all__ = ['PICTURES', 'EXTRAS', 'prompt_column', 'pair_rows', 'implicit_rows', 
 import json
 import math
 from itertools import combinations
-from vlmrlhf_course.data.conversations import (
-    answer_of,
-    asked,
-    conversation,
-    entries_of,
-    extras_of,
-    kind_of,
-    pictures_of,
-    row_about,
-    shown,
-)
+from .conversations import answer_of, asked, conversation, entries_of
+from .conversations import extras_of, kind_of, pictures_of, row_about, shown
 
 # %% ../../nbs/99ic_formats_public.ipynb #pairs
 PICTURES = ("images", "image")
