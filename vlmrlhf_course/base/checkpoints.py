@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from safetensors.torch import load_model as load_into
+from torch.nn.parallel import DistributedDataParallel
 from .files import SIGNATURE, added, aside, changed, damage, half_written
 from .files import manifest, remove, seal, sweep, to_disk
 from .launch import lost_peer, share, together
@@ -186,11 +186,12 @@ class Checkpoints:
         folder: Path,
         accelerator: Accelerator,
         keep: int = 2,  # the last so many are kept
-        objects: tuple = (),  # with `state_dict` and `load_state_dict`
+        objects: tuple = (),  # those with `state_dict` and `load_state_dict` are saved
         of: str = "",  # whose they are
     ):
         self.folder, self.accelerator, self.keep = Path(folder), accelerator, keep
-        self.objects, self.of, self.metrics = objects, of, None
+        self.objects = [thing for thing in objects if hasattr(thing, "state_dict")]
+        self.of, self.metrics = of, None
 
     def steps(self) -> list[int]:
         names = [p.name[5:] for p in self.folder.glob("step-*")]
@@ -296,18 +297,34 @@ def _at_rest(model) -> set[str]:
 
 def _leave_out(models, weights, place):
     "As accelerate calls it: what rests is not saved."
-    for model, state in zip(models, weights):
+    for i, model in enumerate(map(_bare, models)):
         rest = _at_rest(model)
         packed = tuple(f"{name}." for name in rest)  # scales of weights in four bits, say
-        for name in [name for name in state if name in rest or name.startswith(packed)]:
-            del state[name]
+        learned = {k: v for k, v in model.state_dict().items() if k not in rest}
+        weights[i] = {k: _of_its_own(v) for k, v in learned.items() if not k.startswith(packed)}
+
+
+def _bare(model):
+    "A model without what holds processes together: a checkpoint does not know how many there are."
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _of_its_own(weight: torch.Tensor) -> torch.Tensor:
+    """A weight in memory of its own: where several are views of one flat tensor, whoever writes
+    them takes them for one weight with many names, and leaves out all but one."""
+    size = weight.numel() * weight.element_size()
+    return weight if weight.untyped_storage().nbytes() == size else weight.clone()
 
 
 def _load_learned(models, place):
     "As accelerate calls it: load what learns, all of it, in the place of everything."
-    for model in models:
-        missing, strange = load_into(model, Path(place) / "model.safetensors", strict=False)
-        wrong = {*missing} - _at_rest(model) | {*strange}
+    state = load_file(Path(place) / "model.safetensors")
+    for model in map(_bare, models):
+        missing, strange = model.load_state_dict(state, strict=False)
+        every = dict(model.named_parameters(remove_duplicate=False))
+        loaded = {id(every[name]) for name in state if name in every}
+        tied = {name for name, p in every.items() if id(p) in loaded}  # saved under another name
+        wrong = {*missing} - _at_rest(model) - tied | {*strange}
         if wrong:
             raise ValueError(f"{sorted(wrong)[0]} is missing, or too much")
     models.clear()

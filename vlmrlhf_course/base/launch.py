@@ -27,6 +27,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from fastcore.basics import patch
 from torch.distributed import rendezvous
 from .settings import UserError, alone, env_number
+from .sharding import Sharding, asked
 
 # %% ../../nbs/97_launch.ipynb #environment
 # Set from outside, each of these changes what is computed: precision, instruction set, sharding.
@@ -230,8 +231,7 @@ def leave(well: bool = True):
     _peers = None
 
 # %% ../../nbs/97_launch.ipynb #shards
-# What `accelerate launch` may ask for. It would be left out without a word on CPUs, and on GPUs
-# nobody has shown yet that sharded training is that of one process.
+# What `accelerate launch` may ask for, and what would be left out without a word on CPUs.
 SHARDS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 
 
@@ -240,10 +240,8 @@ def check_shards():
     for name in SHARDS:
         value = os.environ.get(name, "")
         if value.lower() not in SILENT:
-            fault = "weights and optimisers are not shared out among processes here yet"
-            raise UserError(
-                f"{name}={value} in the environment: {fault}; unset it, and each has all"
-            )
+            remedy = "unset it; what is shared out says launch.zero, from 1 to 3"
+            raise UserError(f"{name}={value} in the environment: nothing here reads it; {remedy}")
 
 # %% ../../nbs/97_launch.ipynb #acc
 # What libraries raise because of a variable that they cannot use.
@@ -251,7 +249,8 @@ _REFUSALS = (ValueError, KeyError, RuntimeError, AssertionError, ImportError)
 
 
 def make_accelerator() -> Accelerator:
-    "The accelerator of this process. On CPUs the backend is gloo, said aloud."
+    """The accelerator of this process, sharing out what `asked` says. On CPUs the backend is gloo,
+    said aloud."""
     check_shards()
     cpu = not torch.cuda.is_available()
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
@@ -260,7 +259,8 @@ def make_accelerator() -> Accelerator:
         backend = {"backend": "gloo"} if cpu else {}
         handlers.append(InitProcessGroupKwargs(timeout=limit, **backend))
     try:
-        accelerator = Accelerator(cpu=cpu, kwargs_handlers=handlers)
+        kind = Sharding if asked().zero else Accelerator
+        accelerator = kind(cpu=cpu, kwargs_handlers=handlers)
         torch.empty(1, device=accelerator.device)  # which a variable may have chosen
         return accelerator
     except _REFUSALS as e:

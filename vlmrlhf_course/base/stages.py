@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'TAKEN', 'SOURCES', 'MEANS', 'WATCH', 'Task', 'Stage', 'check_name', 'kind_of', 'stage_names', 'stage_of',
-           'config_of', 'label_of', 'before', 'uses_of', 'resolve', 'check_before', 'is_done', 'Needed', 'log_config']
+           'config_of', 'label_of', 'before', 'uses_of', 'resolve', 'check_before', 'is_done', 'Needed', 'log_config',
+           'launch_config']
 
 # %% ../../nbs/90c_stages.ipynb #imports
 import re
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import Callable
 import torch
 from .boards import LogConfig, shown_on
+from .config import build_config
 from .launch import share
 from .records import digest_of
 from .runs import Run
 from .settings import UserError, nearest
+from .sharding import LaunchConfig, shared_out_as
 
 # %% ../../nbs/90c_stages.ipynb #stage
 @dataclass
@@ -147,7 +150,8 @@ def resolve(run: Run, name: str):
         if stage.whole:
             for other in before(run, name):
                 resolve(run, other)
-        run.kept[name] = stage.whole(task) if stage.whole else _make_and_load(stage, task)
+        with shared_out_as(launch_config(run)):
+            run.kept[name] = stage.whole(task) if stage.whole else _make_and_load(stage, task)
     return run.kept[name]
 
 
@@ -189,6 +193,11 @@ class Needed(Mapping):
 def log_config(run: Run) -> LogConfig:
     "Where a run's metrics are shown. Raises UserError."
     return run.section("log", LogConfig)
+
+
+def launch_config(run: Run) -> LaunchConfig:
+    "What a run's processes share out; into no record, for it changes no result. Raises UserError."
+    return build_config(LaunchConfig, run.layers.get("launch") or {}, "launch")
 
 
 def _make_and_load(stage: Stage, task: Task):

@@ -24,6 +24,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from ..base.config import LATER, check_ranges
 from ..base.settings import UserError, nearest
+from ..base.sharding import asked, is_shared_out, share_out
 from .precision import HALF, at_least_single
 from .quantised import all_plain, is_quantised, with_adapters
 
@@ -248,6 +249,9 @@ def add_role(
 
     Raises UserError where an adapter would start from a copy, or a copy from an adapter."""
     copied = cfg.r == 0
+    if copied and is_shared_out(self.language):
+        fault = "a full copy learns, and stage 3 shares out what rests"
+        raise UserError(f"lora.r=0: {fault}; set launch.zero to 2, or give an adapter")
     if like and (self.role(like).copy is not None) != copied:
         kinds = {True: "a full copy", False: "an adapter"}
         raise UserError(
@@ -347,12 +351,13 @@ def merged(vlm: Roles, role: str | None):
     """Within this block the trunk's own weights are W + BA, so that an adapter costs nothing.
 
     Yields the role to speak in. Fewer bits would round the sum, and ratios would not be 1: there
-    the adapter stays apart; and where the model brought others, which may depend on W."""
+    the adapter stays apart; so it does where weights are packed or shared out, and where the model
+    brought others, which may depend on W."""
     adapts = role is not None and vlm.role(role).copy is None
     layers = [m for m in vlm.lora_layers() if role in m.lora_A] if adapts else []
     weights = [m.get_base_layer().weight for m in layers]
-    packed = any(map(is_quantised, layers))
-    if not layers or packed or weights[0].dtype in HALF or any(map(brought, layers)):
+    apart = any(map(is_quantised, layers)) or is_shared_out(vlm.language)
+    if not layers or apart or weights[0].dtype in HALF or any(map(brought, layers)):
         yield role
         return
     before = [w.data for w in weights]
@@ -363,3 +368,20 @@ def merged(vlm: Roles, role: str | None):
     finally:
         for w, old in zip(weights, before):
             w.data = old  # the very same numbers, not a subtraction
+
+# %% ../../nbs/99b_roles.ipynb #28d7bc73
+@patch
+def share_out(self: Roles):
+    """Share out the trunk's layers among processes, where the run asks for that.
+
+    Raises UserError for a trunk of which that is not known to be right."""
+    if asked().zero < 3:
+        return
+    fault = ""
+    if self.family.whole:
+        fault = "a model of the general family passes answers one by one, each process its own"
+    if any(map(is_quantised, self.language.modules())):
+        fault = "its layers are packed in four bits, which nobody has shared out yet"
+    if fault:
+        raise UserError(f"launch.zero=3: {fault}; set launch.zero to 2")
+    share_out(self.language)

@@ -19,7 +19,7 @@ from torch import nn
 from ..base.checkpoints import Checkpoints, load_tensors, save_tensors
 from ..base.config import recorded
 from ..base.launch import make_accelerator
-from ..base.metrics import MetricLog, StepGuard, mean_of, progress, seed_of
+from ..base.metrics import MetricLog, StepGuard, mean_of, of_all, progress, seed_of
 from ..base.records import digest_of
 from ..base.settings import UserError, notice
 from ..base.stages import Stage, Task, config_of
@@ -209,9 +209,8 @@ def train(
 ) -> State:
     "Any algorithm, from its last checkpoint in `folder` to its best (or last) policy."
     check_pool(algorithm.cfg, prompts)
-    more = dict(demonstrations=demonstrations)
-    cfg, learner = algorithm.cfg, Learner.of(algorithm, scores, folder.name, **more)
-    state, accelerator = learner.state, learner.accelerator
+    learner = Learner.of(algorithm, scores, folder.name, demonstrations=demonstrations)
+    cfg, state, accelerator = algorithm.cfg, learner.state, learner.accelerator
     what = ["rl", type(cfg).__name__, folder.name, seed, recorded(cfg)]
     of = digest_of([*what, [(p.image, p.text) for p in prompts]])
     saved = Checkpoints(folder / "checkpoints", accelerator, objects=(state, learner.guard), of=of)
@@ -221,7 +220,7 @@ def train(
     for step in progress(range(start, cfg.iterations), folder.name):
         done = step + 1
         asked = ask(prompts, cfg, f"ppo/{seed}/{step}", *learner.share)
-        figures = iteration(learner, asked, step, seed)
+        figures = of_all(accelerator, iteration(learner, asked, step, seed))
         if done % cfg.eval_every == 0 or done == cfg.iterations:
             figures |= validate(algorithm, scores, validation, second)
             state.keep_best(figures)
@@ -232,6 +231,7 @@ def train(
 
     if cfg.keep == "best":
         state.restore(state.best_weights)
+    accelerator.free_memory()
     check_learned(state, folder)
     log.close()  # the checkpoints go when the result is on the disk: `Run.finish`
     return state

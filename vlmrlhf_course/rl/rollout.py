@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from transformers import DynamicCache
 from ..base.settings import UserError
+from ..base.sharding import anywhere
 from ..data.prompts import Prompt
 from ..model.batch import Batch
 from ..model.memory import below_each_other, in_parts
@@ -37,9 +38,9 @@ class Rollout:
 
 # %% ../../nbs/09_rollout.ipynb #sample
 def finite(shares: torch.Tensor) -> torch.Tensor:
-    """Probabilities (B, V) as they are. Raises FloatingPointError where a row is no longer numbers:
-    then none of its entries is."""
-    if not shares[:, 0].isfinite().all():
+    """Probabilities (B, V) as they are. Raises FloatingPointError where a row is no longer numbers
+    (then none of its entries is), on any process that passes layers together with this one."""
+    if anywhere(not shares[:, 0].isfinite().all()):
         raise FloatingPointError("the policy's probabilities are not finite")
     return shares
 
@@ -140,9 +141,9 @@ def generate_tokens(
         # not `token != pad`: many tokenizers pad with EOS, and EOS is an action
         real[run.rows, t] = run.alive
         count_token(run, token, vlm.eos_id)
-        if not run.alive.any():
+        if not anywhere(run.alive.any()):
             break
-        if run.alive.float().mean() <= 1 - drop:
+        if 0 < run.alive.float().mean() <= 1 - drop:
             token = drop_finished(run, token)
         read_token(vlm, run, token, role)
     said, logprobs, real = said[:, : t + 1], logprobs[:, : t + 1], real[:, : t + 1]

@@ -21,7 +21,7 @@ from torch import nn
 from ..base.checkpoints import Checkpoints
 from ..base.config import check_ranges
 from ..base.launch import make_accelerator
-from ..base.metrics import MetricLog, StepGuard, drawing, progress, seed_of
+from ..base.metrics import MetricLog, StepGuard, drawing, of_all, progress, seed_of
 from ..base.settings import UserError
 from ..model.roles import ParamGroup, clip_groups, make_optimizer, set_rates
 
@@ -128,28 +128,28 @@ def fit(
 ):
     "Train what requires gradients in `task`; go on from the last checkpoint in `folder`."
     accelerator, groups = make_accelerator(), groups or [learning(task, cfg)]
-    task, optimizer = accelerator.prepare(task, make_optimizer(groups, BETAS, cfg.weight_decay))
+    ready, optimizer = accelerator.prepare(task, make_optimizer(groups, BETAS, cfg.weight_decay))
     guard = StepGuard(accelerator, text)
-    remembered = (guard, stop) if hasattr(stop, "state_dict") else (guard,)
-    saved = Checkpoints(Path(folder) / "checkpoints", accelerator, objects=remembered, of=of)
+    saved = Checkpoints(Path(folder) / "checkpoints", accelerator, objects=(guard, stop), of=of)
     start = saved.load()
     log = MetricLog(folder, start, accelerator.is_main_process, saved.metrics)
 
     for step in progress(range(start, cfg.steps), text):
         set_rates(optimizer, groups, step)
         with drawing(seed_of(seed, text, step, accelerator.process_index), accelerator.device):
-            loss, metrics = backward_through(task, items_at(step), cfg.micro_batch, accelerator)
+            loss, metrics = backward_through(ready, items_at(step), cfg.micro_batch, accelerator)
         norm = clip_groups(accelerator, groups, cfg.clip)
         if guard(step, loss, norm):
             optimizer.step()
         optimizer.zero_grad()
         metrics |= dict(lr=optimizer.param_groups[0]["lr"], skipped=guard.skipped)
-        log(step, loss=loss, grad_norm=norm, **metrics)
+        log(step, loss=loss, grad_norm=norm, **of_all(accelerator, metrics))
         if stop and stop(step + 1):
             break
         if (step + 1) % cfg.save_every == 0:
             saved.save(step + 1, log.rows)
     log.close()
+    accelerator.free_memory()
     check_finite(task, text, folder)
     if clear:
         saved.clear()

@@ -189,6 +189,7 @@ def load_sft(task: Task, built) -> VLM:
     trained = demonstrated(source, task.cfg, seed)
     vlm = source.model(seed, task.folder / trained[-1] if trained else None)
     vlm.model.requires_grad_(False)
+    vlm.share_out()
     return vlm
 
 
