@@ -17,6 +17,7 @@ from vlmrlhf_course.base import sharding
 from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.base.sharding import LaunchConfig, deepspeed_config, meeting, shared_out_as
 from vlmrlhf_course.data.pairs import group_pairs
+from vlmrlhf_course.model.memory import Limits
 from vlmrlhf_course.model.roles import LoRAConfig
 from vlmrlhf_course.model.vlm import VLM
 from vlmrlhf_course.rl import loop
@@ -91,12 +92,16 @@ RUNS = dict(
     grpo=dict(answers=8, minibatch=4, answers_per_prompt=2),
     emergency=dict(kl_emergency=0.01, iterations=4, answers=8, minibatch=4, actor_lr=3e-3),
     broken={},
+    half={},
 )
 
 
 def policy(name, folder, rank=0):
     "Weights after a few iterations, and the figures of each."
     vlm = small_vlm()
+    if name == "half":
+        vlm.model.to(torch.bfloat16)
+        vlm.limits = Limits(gradient_checkpointing=True)
     vlm.share_out()
     actor, scores, pool = small_ppo(vlm, **RUNS[name])
     if name == "grpo":

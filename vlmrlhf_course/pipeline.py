@@ -15,8 +15,9 @@ from .base.checkpoints import reading
 from .base.config import ARMS, OWN, arms_layer, load_layers, merge_sections, recorded
 from .base.runs import Run, cached_run
 from .base.settings import UserError, home, nearest
+from .base.sharding import LAUNCH
 from .base.stages import MEANS, SOURCES, STAGES, TAKEN, WATCH, before, config_of
-from .base.stages import kind_of, log_config, resolve, stage_names
+from .base.stages import kind_of, launch_config, log_config, resolve, stage_names
 from .model.export import Head
 from .own import OwnSource, folder_of, own_source
 from .model.vlm import Speaker, VLM
@@ -141,9 +142,10 @@ def check_run(run: Run):
     Raises UserError that names the first one that no stage can use."""
     stages = stage_names(run.layers)
     own = MEANS if isinstance(run.source, OwnSource) else ()  # the drawn world fits anywhere
-    sections = (*SOURCES, *WATCH, *own)
+    sections = (*SOURCES, *WATCH, *LAUNCH, *own)
     known = [*sections, *stages]
     log_config(run)
+    launch_config(run)
     for name in sections:
         if "kind" in run.layers.get(name, {}):
             raise UserError(f"{name}.kind: {name} is no stage; give the arm another name")

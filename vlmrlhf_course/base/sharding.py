@@ -85,6 +85,7 @@ def deepspeed_config(zero: int, offload: bool = False, dtype=torch.float32) -> d
     partition = dict(stage=zero, overlap_comm=False, contiguous_gradients=True)
     if zero == 3:  # a trunk that rests: every weight is shared out, also a small one
         partition["stage3_param_persistence_threshold"] = 0
+        partition["memory_efficient_linear"] = False  # it would replace `F.linear` everywhere
     if offload:
         partition["offload_optimizer"] = dict(device="cpu")
     return dict(
