@@ -186,9 +186,9 @@ def _of_parquet(datasets, paths: list[str]):
 
 # %% ../../nbs/99ja_files.ipynb #table-3
 def _undecoded(datasets, feature):
-    "The same feature, its pictures as bytes."
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
+    "The same feature, its pictures as bytes; so are films and sounds, which are refused by name."
+    if isinstance(feature, (datasets.Image, datasets.Video, datasets.Audio)):
+        return type(feature)(decode=False)
     if isinstance(feature, datasets.List):
         return datasets.List(_undecoded(datasets, feature.feature), length=feature.length)
     return feature
