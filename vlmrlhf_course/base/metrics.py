@@ -159,7 +159,10 @@ def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
     return {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]}
 
 
-def progress(items, text: str):
-    "A progress bar on the main process, quiet in tests and where nobody looks."
+def progress(items, text: str, unit: str):
+    """A progress bar on the main process, quiet in tests, where nobody looks, and where there is
+    nothing to do. `text` says what is done; a range that goes on where one stopped begins there."""
     quiet = os.environ.get("IN_TEST") or os.environ.get("VLMRLHF_QUIET") or not is_main()
-    return tqdm(items, text, disable=bool(quiet), mininterval=1.0, file=sys.stderr)
+    first = items.start if isinstance(items, range) else 0
+    how = dict(disable=bool(quiet) or not len(items), mininterval=1.0, file=sys.stderr)
+    return tqdm(items, text, first + len(items), initial=first, unit=f" {unit}", **how)
