@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 from bad_data import N, NAMES, RECORDS, folder_of_pictures, good
 from bad_files import FILES, pairs, table, text_of
+from datasets import Dataset, Video
 
 from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.cli import main
@@ -130,3 +131,20 @@ def test_answers_are_not_swallowed(pictures):
     file = pictures / "half.jsonl"
     file.write_text(text_of([dict(prompt="What?", chosen="A cat.")] * 3), "utf-8")
     refused(file, "pairs (misses rejected)", "line 1")
+
+
+@pytest.mark.parametrize("nothing", [None, [], ""])
+def test_a_column_for_films_that_is_empty_is_no_film(nothing, pictures):
+    file = pictures / "no-film.jsonl"
+    file.write_text(text_of([good("rlaif-v", i) | dict(videos=nothing) for i in range(N)]))
+    assert len(read(file)) == N
+
+
+def test_films_that_a_table_holds_are_refused_by_name(pictures):
+    "They are not decoded: for that, `datasets` would want another package."
+    rows = [good("rlaif-v", i) | dict(video=dict(bytes=b"film", path=None)) for i in range(N)]
+    features = Dataset.from_list(rows[:1]).features.copy()
+    features["video"] = Video()
+    file = pictures / "films.parquet"
+    Dataset.from_list(rows, features=features).to_parquet(file)
+    refused(file, "video: films and sounds are not read", f"{file}, row 0: ")

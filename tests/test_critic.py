@@ -2,8 +2,15 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
+from report_models import make, shake
 from small_models import close, two_pictures, values
+
+from vlmrlhf_course.data.prompts import Prompt
+from vlmrlhf_course.model.roles import LoRAConfig
+from vlmrlhf_course.rl.ppo import PPO, PPOConfig
+from vlmrlhf_course.train.reward import RewardConfig, RewardModel
 
 
 def test_there_is_a_value_for_each_token_and_it_does_not_see_the_future(
@@ -60,3 +67,33 @@ def test_what_learns(policy):
     assert bool(adapter) == (policy.cfg.critic == "adapter")
     learning = {n for n, p in policy.named_parameters() if p.requires_grad}
     assert learning == {*of_actor, *of_critic}
+
+
+ACTOR = LoRAConfig(r=2, alpha=4)
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        LoRAConfig(r=2, alpha=4, targets=("q_proj", "v_proj")),
+        LoRAConfig(r=4, alpha=4),
+        LoRAConfig(r=2, alpha=16),  # fits in silence, and would say something else
+        LoRAConfig(r=0),
+    ],
+    ids=["other layers", "other rank", "other scale", "copy"],
+)
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_critic_starts_as_a_reward_model_of_another_shape(reward, swap):
+    "Not of the actor's: with `lora` of its own, it would be another model, or none."
+    reward, actor = (ACTOR, reward) if swap else (reward, ACTOR)
+    vlm = make("llava")
+    rm = RewardModel(vlm, RewardConfig(lora=reward))
+    shake(vlm, "reward", 0.1 if reward.r else 0.01)
+    PPO(rm, PPOConfig(lora=actor, critic="adapter"))
+    shake(vlm, "actor", 0.1 if actor.r else 0.01)
+    prompts = [Prompt("", "is it red ?", "yes", None)] * 2
+    batch = vlm.batch(prompts, ["yes .", "no , a boat ."])
+    with torch.no_grad():
+        want = vlm.hidden(batch, "reward")
+        assert torch.equal(vlm.hidden(batch, "actor_critic"), want)
+        assert not torch.allclose(vlm.hidden(batch, "actor"), want)

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 from own_data import QUESTION, checkpoint, lines, recipe, squares
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from vlmrlhf_course.cli import main
 
@@ -114,10 +115,46 @@ def test_what_is_no_reward_model_is_refused_before_anything_is_computed(
     assert not (tmp_path / "run" / "sft").exists()
 
 
-def test_a_trunk_that_was_packed_otherwise(trained, capsys):
-    "Scores depend on it: within one run that is refused, too."
-    data = lines(squares(20, trained / "others"), trained / "others.jsonl")
-    more = ["--reward-model", trained / "first" / "reward", "--set", "model.quantisation=nf4"]
-    assert main(["reward", *given(trained, "llava", data, "packed", *more)]) == 2
+@pytest.fixture(scope="module")
+def packed(trained):
+    "The same reward model, as if it had been trained beside a packed trunk, in a run and exported."
+    data, name = lines(squares(20, trained / "others"), trained / "others.jsonl"), "in four bits"
+    words = given(trained, "llava", data, name, "--set", "model.quantisation=nf4")
+    assert main(["reward", *words]) == 0
+    to = str(trained / "exported packed")
+    assert main(["export", str(trained / name / "reward"), "--to", to]) == 0
+    return data
+
+
+@pytest.mark.parametrize(
+    "place, here, there",
+    [
+        ("first/reward", "nf4", "none"),
+        ("exported", "nf4", "none"),
+        ("in four bits/reward", "none", "nf4"),
+        ("exported packed", "none", "nf4"),
+    ],
+)
+def test_a_trunk_that_was_packed_otherwise(place, here, there, trained, packed, tmp_path, capsys):
+    "Scores depend on it: a reward model from there is refused, whichever form it has."
+    more = ["--reward-model", trained / place, "--set", f"model.quantisation={here}"]
+    assert main(["reward", *given(trained, "llava", packed, tmp_path / "run", *more)]) == 2
     said = capsys.readouterr().err
-    assert "model.quantisation=none, and here it is nf4" in said
+    assert f"model.quantisation={there}, and here it is {here}" in said
+
+
+def test_packed_alike_it_pays(trained, packed, tmp_path):
+    more = ["--reward-model", trained / "exported packed", "--set", "model.quantisation=nf4"]
+    assert main(["reward", *given(trained, "llava", packed, tmp_path / "run", *more)]) == 0
+
+
+def test_an_export_that_does_not_say(trained, tmp_path, capsys):
+    "One that was written before heads said so: nobody can tell, and that is said."
+    old = tmp_path / "old"
+    shutil.copytree(trained / "exported", old)
+    with safe_open(old / "head.safetensors", "pt") as f:
+        kept = dict(config=f.metadata()["config"])
+    save_file(load_file(old / "head.safetensors"), old / "head.safetensors", kept)
+    words = given(trained, "llava", trained / "pairs.jsonl", tmp_path / "run")
+    assert main(["reward", *words, "--reward-model", str(old)]) == 0
+    assert "learned beside a packed trunk, nobody can tell" in capsys.readouterr().err

@@ -157,7 +157,7 @@ def beyond_the_rows(read) -> float:
 
 @pytest.mark.parametrize("kind", ["lines", "table", "records", "examined"])
 def test_memory_is_flat(kind, tmp_path):
-    "Four times as many records: the same memory besides the rows (100,000: see appendix V)."
+    "Four times as many records: the same memory besides the rows."
     needed = {}
     for n in (500, 2000):
         rows = squares(4, tmp_path / "pictures")

@@ -101,11 +101,13 @@ def test_numbers_are_matched_whole(text, value, there):
 
 
 def quotes():
-    "(number, name) of each `0.123<!--name-->` in a chapter: the comment is invisible there."
+    """(number, name) of each `0.123<!--name-->` or `0.12 ± 0.01<!--name-->` in a chapter: the comment
+    is invisible there."""
+    number = r"[\d.]+(?: ± [\d.]+)?"
     for file in (REPO / "nbs").glob("*.ipynb"):
         for cell in json.loads(file.read_text("utf-8"))["cells"]:
             if cell["cell_type"] == "markdown":
-                yield from re.findall(r"([\d.]+)<!--([\w.]+)-->", "".join(cell["source"]))
+                yield from re.findall(rf"({number})<!--([\w.]+)-->", "".join(cell["source"]))
 
 
 def test_figures_quoted_in_chapters_are_measured():

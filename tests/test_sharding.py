@@ -174,7 +174,7 @@ def two(tmp_path_factory):
         port = s.getsockname()[1]
     how = dict(join=False, start_method=os.environ.get("VLMRLHF_START", "spawn"))
     started = torch.multiprocessing.start_processes(process, (folder, port), 2, **how)
-    end = time.time() + 300
+    end = time.time() + 900
     try:
         while not started.join(1):
             assert time.time() < end, "two processes wait for each other"

@@ -21,14 +21,13 @@ class Arms:
     """Stages of a run that are made side by side, each in a process of its own, which ends with
     this. One starts as soon as the stages are there that it needs.
 
-    One progress bar over all that sample: each writes a row of metrics for every iteration."""
+    One progress bar over all of them: who samples writes a row of metrics for every iteration, and
+    any other counts as one."""
 
     def __init__(self, run, verbs: dict[str, str], needs: dict[str, set[str]], options: list[str]):
         self.run, self.verbs, self.needs, self.options = run, verbs, needs, options
         self.waiting = [name for name in verbs if not self.done(name)]
-        counted = [name for name in self.waiting if "iterations" in run.used[name]]
-        self.logs = [run.path(name) / "metrics.jsonl" for name in counted]
-        self.total = sum(run.used[name]["iterations"] for name in counted)
+        self.sizes = {name: run.used[name].get("iterations", 1) for name in self.waiting}
         self.running = {}
 
     def __enter__(self):
@@ -41,6 +40,13 @@ class Arms:
 
     def done(self, name: str) -> bool:
         return (self.run.path(name) / "done.json").is_file()
+
+    def made(self, name: str) -> int:
+        "Its iterations so far; of what has none, 1 when it is done."
+        size = self.sizes[name]
+        if size == 1 or self.done(name):
+            return size * self.done(name)
+        return min(_rows(self.run.path(name) / "metrics.jsonl"), size)
 
     def ready(self) -> list[str]:
         "Those that wait, and need nothing that is not there."
@@ -70,12 +76,14 @@ def finish(self: Arms, at_once: int):
     "Make all that are left. Raises UserError with what one has said that stopped."
     from vlmrlhf_course.base.metrics import progress
 
-    bar = progress(range(self.total), "arms")
+    bar = progress(range(sum(self.sizes.values())), "training", "iteration")
     while self.waiting or self.running:
         self.start(at_once)
-        bar.n = sum(map(_rows, self.logs))
-        bar.refresh()
+        bar.n = sum(map(self.made, self.sizes))
+        bar.set_description(f"training: {', '.join(self.running)}"[:60])
         time.sleep(0.5)
+    bar.n = sum(map(self.made, self.sizes))
+    bar.refresh()
     bar.close()
 
 # %% ../nbs/91b_arms.ipynb #arms-parts

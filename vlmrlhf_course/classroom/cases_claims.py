@@ -259,3 +259,42 @@ def precision_recall_case(draw):
     alone = replace(true[0].groups[0], other=None, relation="")  # one thing, rightly seen
     one = [replace(true[0], groups=(alone,)), *nothing[1:]]
     return dict(seen=draw.turn([seen, seen, seen, nothing, one]), true=true)
+
+# %% ../../nbs/84c_cases_claims.ipynb #intake
+OURS, THEIRS = ("image", "prompt", "chosen", "rejected"), ("photo", "ask", "better", "worse")
+
+
+@exercise("by_our_names", "data.intake.by_our_names")
+def by_our_names_case(draw):
+    "Columns of a tool, in any order: some exchanged, taken twice, in the way, or nobody's."
+    values = iter(draw.rng.sample(NOUNS, 10))
+    theirs = draw.rng.sample([*THEIRS, *OURS[2:], "annotator"], 7)
+    record = {column: next(values) for column in theirs}
+    taken = dict(zip(OURS, draw.rng.sample(theirs, 4)))
+    twice = dict(prompt=theirs[0], image=theirs[0])
+    record_both = record | dict(chosen="a", rejected="b")
+    exchanged = dict(chosen="rejected", rejected="chosen", prompt=theirs[0])
+    in_the_way = record | dict(prompt="old")
+    return draw.turn(
+        [
+            dict(record=record, columns=taken),
+            dict(record=record, columns=dict(list(taken.items())[:2])),
+            dict(record=record, columns=twice),
+            dict(record=record_both, columns=exchanged),
+            dict(record=in_the_way, columns=dict(prompt=theirs[1])),
+            dict(record=record, columns={}),
+        ]
+    )
+
+
+@exercise("held_apart", "data.intake.held_apart")
+def held_apart_case(draw):
+    "Few names or many, each of one row or several, mixed."
+    few = [(1, 0.3, 500), (3, 0.02, 500), (12, 0.2, 500), (12, 0.3, 2)]
+    many = [(17, 0.1, 500), (17, 0.22, 500), (25, 0.05, 500), (25, 0.35, 3)]
+    n, share, most = draw.turn(few + many)
+    known = [f"{draw.rng.getrandbits(24):06x}" for _ in range(n)]
+    names = draw.rng.sample(known * 3, max(n, draw.rng.randint(n, 3 * n)))
+    share += draw.uniform(-0.01, 0.01)  # the rounded number of names stays the same
+    parts = draw.turn([1, 2, 2, 4])
+    return dict(names=names, share=share, parts=parts, most=most)

@@ -35,7 +35,7 @@ def examine(path: str, cfg: DataConfig, vlm=None, known: Known | None = None) ->
     kind, rows = rows_at(path, cfg, faults)
     known.look(rows)
     good = []
-    for row in progress(rows, "records"):
+    for row in progress(rows, "checking", "record"):
         fault = known.fault(row, vlm)
         if fault:
             faults[row["place"]] = fault

@@ -11,6 +11,7 @@ from typing import Callable, NamedTuple
 from ..base.settings import UserError
 from . import formats_public as public
 from .conversations import ROLES, kind_of
+from .intake import by_our_names
 
 # %% ../../nbs/99i_formats.ipynb #format
 class Format(NamedTuple):
@@ -329,8 +330,7 @@ def renamed(
         if not isinstance(theirs, str) or theirs not in record:
             found = ", ".join(map(str, record)) or "none"
             raise ValueError(f"no column {theirs!r}, wanted as {ours}; the columns are {found}")
-    rest = {column: v for column, v in record.items() if column not in columns.values()}
-    return rest | {ours: record[theirs] for ours, theirs in columns.items()}
+    return by_our_names(record, columns)
 
 
 def _columns(format: Format) -> list[str]:

@@ -106,6 +106,8 @@ def _digest(self: Known, ref: str) -> str | None:
     prefix, colon, rest = ref.partition(":")
     if colon and prefix == "row":
         return digest_of([rest.partition(":")[0], digest_at(rest.partition(":")[2])])
+    if colon and prefix == "kept":
+        return digest_of(["kept", rest.partition("/")[0]])  # wherever in the file it stands
     if ref == "blank" or colon and prefix in OPENERS and prefix != "file":
         return digest_of(ref)
     key = picture_key(ref)

@@ -22,6 +22,7 @@ from ..base.settings import UserError, notice
 from .conversations import kind_of
 from .files import Record, records_in, table_at
 from .formats import FORMATS, Format, recognise, renamed, unused
+from .intake import held_apart
 from .pairs import row_fault
 from .prompts import OPENERS, named, turns_of
 
@@ -172,6 +173,7 @@ def asked(row: dict) -> tuple:
 def _anywhere(key: tuple, cfg: DataConfig) -> str:
     "A digest of what is asked that stays the same when data and pictures move together."
     text = json.dumps(key).replace(json.dumps(base_of(cfg.train, cfg))[1:-1], "")
+    text = re.sub(r'"kept:(\w+)/[^"]*"', r'"kept:\1"', text)  # a picture, wherever it stands
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -180,15 +182,15 @@ def held_out(rows: list[dict], cfg: DataConfig, parts: int) -> list[list[dict]]:
 
     Raises UserError where there are too few prompts to hold any out."""
     names = {key: _anywhere(key, cfg) for key in map(asked, rows)}
-    order = sorted(names, key=names.get)
-    n = min(cfg.held_out_most, max(1, round(cfg.held_out * len(order))))
-    if len(order) <= 2 * parts * n:
-        few = f"{len(order)} different prompts, of which {parts * n} would be held out"
+    found = held_apart(list(names.values()), cfg.held_out, parts, cfg.held_out_most)
+    part_of = dict(zip(names, found))
+    held = sum(part > 0 for part in found)
+    if len(found) <= 2 * held:
+        few = f"{len(found)} different prompts, of which {held} would be held out"
         raise UserError(f"{cfg.train}: {few}; give more, or data.validation and data.test")
-    part_of = {key: 1 + i // n for i, key in enumerate(order[: parts * n])}
     split = [[] for _ in range(parts + 1)]
     for row in rows:
-        split[part_of.get(asked(row), 0)].append(row)
+        split[part_of[asked(row)]].append(row)
     return split
 
 # %% ../../nbs/99j_own.ipynb #splits

@@ -175,7 +175,7 @@ def sample_candidates(
     "Sample answers at every temperature, drop near-duplicates, and keep the most diverse."
     rounds = [temperature for temperature in cfg.temperatures for _ in range(cfg.samples)]
     columns = []
-    for i, temperature in enumerate(progress(rounds, "candidates")):
+    for i, temperature in enumerate(progress(rounds, "sampling candidates", "round")):
         columns.append(ask(prompts, temperature, seed * 1000 + i))
     different = [[row[i] for i in dedupe(row, cfg.max_similarity)] for row in zip(*columns)]
     if not cfg.keep:

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from ..base.checkpoints import save_folder
 from ..base.settings import UserError
-from .quantised import all_plain
+from .quantised import all_plain, stored_as
 from .roles import Roles, plain_layer
 
 # %% ../../nbs/99h_export.ipynb #beside
@@ -32,12 +32,14 @@ def ready(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {path: value.detach().cpu().contiguous() for path, value in tensors.items()}
 
 
-def beside(head: Head | None):
-    "Writes `head.safetensors` into a folder, if there is a head. Its settings stand in the header."
+def beside(head: Head | None, trunk: str):
+    """Writes `head.safetensors` into a folder, if there is a head.
+
+    In the header stand its settings, and how the `trunk` that it learned beside was stored."""
 
     def write(new: Path):
         if head:
-            settings = dict(config=json.dumps(head.settings))
+            settings = dict(config=json.dumps(head.settings), trunk=trunk)
             save_file(ready(head.tensors), new / "head.safetensors", settings)
 
     return write
@@ -68,7 +70,7 @@ def save_adapter(vlm: Roles, name: str, folder: Path, base: str | Path, head: He
         config.save_pretrained(str(new))
         save_file(ready(weights), new / "adapter_model.safetensors", dict(format="pt"))
 
-    save_folder(folder, write, beside(head))
+    save_folder(folder, write, beside(head, stored_as(vlm.language)))
 
 # %% ../../nbs/99h_export.ipynb #merge
 def plain_model(vlm: Roles, name: str | None) -> torch.nn.Module:
@@ -100,4 +102,5 @@ def untie(model: torch.nn.Module):
 def save_plain(vlm: Roles, name: str | None, folder: Path, head: Head | None = None, of: str = ""):
     "Write a role as a whole model with its processor; `head` as in `save_adapter`."
     model = plain_model(vlm, name)
-    save_folder(folder, model.save_pretrained, vlm.processor.save_pretrained, beside(head), of=of)
+    write_head = beside(head, stored_as(model))
+    save_folder(folder, model.save_pretrained, vlm.processor.save_pretrained, write_head, of=of)

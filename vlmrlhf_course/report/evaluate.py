@@ -358,7 +358,7 @@ def compare(who: Policies, source: Source, cfg: EvaluateConfig, copies: int = 1)
         return table_row(who, source, asked, rows[name], name)
 
     done = in_copies(measure, list(rows), copies)
-    for name in progress(list(rows), "evaluating"):
+    for name in progress(list(rows), "evaluating", "policy"):
         result[name], said[name] = next(done)
     for name in result.keys() - {"sft", "sft_greedy"}:
         found = below_sft(source, prompts, said, name)

@@ -217,7 +217,7 @@ def train(
     start = saved.load()
     log = MetricLog(folder, start, accelerator.is_main_process, saved.metrics)
 
-    for step in progress(range(start, cfg.iterations), folder.name):
+    for step in progress(range(start, cfg.iterations), f"training: {folder.name}", "iteration"):
         done = step + 1
         asked = ask(prompts, cfg, f"ppo/{seed}/{step}", *learner.share)
         figures = of_all(accelerator, iteration(learner, asked, step, seed))

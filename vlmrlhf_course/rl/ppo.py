@@ -84,7 +84,8 @@ class PPO(Algorithm):
     def __init__(self, rm: RewardModel, cfg: PPOConfig, name: str = "actor"):
         super().__init__(rm, cfg, name)
         if cfg.critic == "adapter":
-            self.critic = self.vlm.add_role(f"{name}_critic", cfg.lora, like=rm.role.name)
+            # shaped as the reward model that it starts from, which need not be the actor's shape
+            self.critic = self.vlm.add_role(f"{name}_critic", rm.cfg.lora, like=rm.role.name)
         else:
             self.critic = Role(f"{name}_critic", nn.Identity())
         self.critic.head = ValueHead(self.vlm.width, self.vlm.vision_width).to(self.vlm.device)

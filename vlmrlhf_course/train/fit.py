@@ -134,7 +134,7 @@ def fit(
     start = saved.load()
     log = MetricLog(folder, start, accelerator.is_main_process, saved.metrics)
 
-    for step in progress(range(start, cfg.steps), text):
+    for step in progress(range(start, cfg.steps), f"training: {text}", "step"):
         set_rates(optimizer, groups, step)
         with drawing(seed_of(seed, text, step, accelerator.process_index), accelerator.device):
             loss, metrics = backward_through(ready, items_at(step), cfg.micro_batch, accelerator)
