@@ -15,9 +15,10 @@ import statistics
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from safetensors import SafetensorError
-from .arms import Arms, end_with_parent
+from .arms import Arms, end_with_parent, may_copy
 from .base.config import OWN, arms_layer, load_layers, scales
 from .base.settings import Settings, UserError, alone, home, is_main, load_settings
 from .base.settings import nearest
@@ -214,7 +215,9 @@ def make_arms(run, args, jobs: int):
     its hands free, and each arm in a process of its own."""
     from vlmrlhf_course.base.launch import let_go
     from vlmrlhf_course.base.stages import before, kind_of
+    from vlmrlhf_course.own import OwnSource
     from vlmrlhf_course.pipeline import obtain
+    from vlmrlhf_course.report.record import measure_beside
 
     stages = before(run, "evaluate")
     if not alone():  # under torchrun: all here, on all processes
@@ -227,15 +230,19 @@ def make_arms(run, args, jobs: int):
     verbs = {name: kind_of(run.layers, name) for name in order}
     options = ["--scale", args.scale, "--threads", str(args.threads)]
     options += ["--skip-bad"] * args.skip_bad + (["--set", *args.set] if args.set else [])
-    with Arms(run, verbs, needs, options) as arms:
+    plain = not args.own and not isinstance(run.source, OwnSource)  # nothing of it is in copies
+    command = main if plain and may_copy() else None
+    with Arms(run, verbs, needs, options, command) as arms:
         name = arms.take(common)
         while name:
-            arms.start(jobs - 1)
-            obtain(run, name)
+            with arms.meanwhile(jobs - 1):
+                obtain(run, name)
             name = arms.take(common)
         run.kept.clear()  # the arms load what they need; this process only waits
         let_go()
-        arms.finish(jobs)
+        arms.finish(jobs, partial(measure_beside, run) if plain else lambda unfinished: False)
+        run.kept.clear()  # what was loaded to measure it: the evaluation looks at all again
+        run.looked_at.clear()
 
 # %% ../nbs/91_cli.ipynb #run-all-2
 def cost_of(run, start: float, jobs: int) -> dict:
