@@ -92,11 +92,27 @@ def test_what_stops_meanwhile_is_said_at_the_end(arms, monkeypatch):
     arms.waiting = ["sft"]
     child = SimpleNamespace(poll=lambda: 2, returncode=2, said=lambda: ["vlmrlhf: no such pair"])
     monkeypatch.setattr(module, "_start_arm", lambda *args: child)
-    with pytest.raises(UserError, match="^no such pair$"):
-        with arms.meanwhile(1):
-            until(lambda: not arms.running)
-            made = True
+    with pytest.raises(UserError, match=r"^no such pair$"), arms.meanwhile(1):
+        until(lambda: not arms.running)
+        made = True
     assert made, "the stage that is made here is not lost"
+
+
+def test_who_waits_works_where_a_core_is_spare(arms, monkeypatch):
+    "Told which stages are not there yet; and not while as many are made as can be."
+    for name in ("sft", "preferences", "reward"):
+        make(arms, name)
+    arms.waiting = ["second", "dpo"]
+    ends = dict(dpo=iter([None] * 2 + [0] * 9), second=iter([None] * 5 + [0] * 9))
+
+    def start(run, verb, name, options):
+        return SimpleNamespace(returncode=0, poll=lambda: next(ends[name]))
+
+    monkeypatch.setattr(module, "_start_arm", start)
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    asked = []
+    arms.finish(2, asked.append)
+    assert asked and all(unfinished == {"second"} for unfinished in asked)
 
 
 # --- copies ---------------------------------------------------------------------------------------
@@ -159,6 +175,13 @@ def test_a_copy_that_waits_leaves_ctrl_c_to_the_run(tmp_path):
     copy.terminate()  # it is gone, and its number may be somebody else's
 
 
+def test_a_copy_that_is_gone_cannot_be_told():
+    copy = Copy(command, [])
+    os.kill(copy.pid, signal.SIGKILL)
+    until(lambda: not copy.told(["ppo"], {}))
+    assert copy.poll() == -signal.SIGKILL
+
+
 def run_of(tmp_path):
     return SimpleNamespace(folder=tmp_path, path=lambda name: tmp_path / name, seed=0, layers={})
 
@@ -166,7 +189,7 @@ def run_of(tmp_path):
 def test_an_arm_is_a_copy_where_one_waits(tmp_path, monkeypatch):
     "One that was killed is passed over; where none is left, an arm is a new process."
     run = run_of(tmp_path)
-    run.used = dict.fromkeys("abcd", {})
+    run.used = dict.fromkeys("abcd", ())
     monkeypatch.setattr(module, "new_process", lambda *given: subprocess.Popen("false"))
     with Arms(run, dict.fromkeys("abcd", "ppo"), dict.fromkeys("abcd", ()), [], command) as arms:
         waiting = [copy.pid for copy in arms.idle]

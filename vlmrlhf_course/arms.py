@@ -55,12 +55,16 @@ class Arms:
         for child in children:
             child.wait()
 
-    def done(self, name: str) -> bool:
-        return (self.run.path(name) / "done.json").is_file()
+# %% ../nbs/91b_arms.ipynb #arms-ready
+@patch
+def done(self: Arms, name: str) -> bool:
+    return (self.run.path(name) / "done.json").is_file()
 
-    def ready(self) -> list[str]:
-        "Those that wait, and need nothing that is not there."
-        return [name for name in self.waiting if all(map(self.done, self.needs[name]))]
+
+@patch
+def ready(self: Arms) -> list[str]:
+    "Those that wait, and need nothing that is not there."
+    return [name for name in self.waiting if all(map(self.done, self.needs[name]))]
 
 # %% ../nbs/91b_arms.ipynb #arms-start
 @patch
@@ -82,7 +86,7 @@ def start(self: Arms, at_once: int):
         copies = [self.idle.pop(0)] if self.idle else []
         self.running[name] = _start_arm(self.run, self.verbs[name], name, self.options, *copies)
 
-
+# %% ../nbs/91b_arms.ipynb #arms-meanwhile
 @patch
 @contextmanager
 def meanwhile(self: Arms, at_once: int):
@@ -190,7 +194,7 @@ class Arm:
 
     returncode = property(lambda self: self.child.returncode)
 
-# %% ../nbs/91b_arms.ipynb #5eb54844
+# %% ../nbs/91b_arms.ipynb #copies-may
 def may_copy() -> bool:
     "May this process be copied? A copy would have its locks, and none of its threads, and no GPU."
     import torch
@@ -198,7 +202,7 @@ def may_copy() -> bool:
     alone = threading.active_count() == 1 and torch.get_num_threads() == 1
     return sys.platform == "linux" and alone and not torch.cuda.is_available()
 
-# %% ../nbs/91b_arms.ipynb #15062d28
+# %% ../nbs/91b_arms.ipynb #copies
 class Copy:
     "A copy of this process that waits for a command line. It has what `Arm` asks of a `Popen`."
 
@@ -235,7 +239,7 @@ class Copy:
         if self.poll() is None:
             os.kill(self.pid, signal.SIGTERM)
 
-# %% ../nbs/91b_arms.ipynb #9b35055a
+# %% ../nbs/91b_arms.ipynb #copies-live
 def _live(command, orders, errors, copies, mask):
     "The life of a copy, to its end: nothing of it returns to where the other process goes on."
     status = 1
@@ -255,7 +259,7 @@ def _live(command, orders, errors, copies, mask):
         os.environ.clear()
         os.environ.update(env)
         signal.signal(signal.SIGINT, usual)
-        status = command(words) if words else 0
+        status = int(command(words) or 0) if words else 0
     except BaseException:
         os.write(2, traceback.format_exc().encode(errors="replace"))
     finally:

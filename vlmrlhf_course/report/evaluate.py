@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BESIDES', 'OTHERS', 'Voice', 'NOVEL', 'PICTURES', 'bootstrap_interval', 'EvaluateConfig', 'true_figures_of',
-           'figures', 'speak', 'likelihood', 'speak_greedily', 'speak_blindly', 'cooled_to', 'best_of_n', 'wins',
-           'yes_or_no', 'quiz_figures', 'quiz', 'without_preface', 'Policies', 'difference_of', 'below_sft', 'as_far',
-           'voices', 'quizzed', 'Asked', 'Measured', 'table_row', 'begun', 'compare']
+           'figures', 'speak', 'likelihood', 'speak_greedily', 'speak_blindly', 'cooled_to', 'best_of_n',
+           'difference_of', 'wins', 'yes_or_no', 'quiz_figures', 'quiz', 'without_preface', 'Policies', 'below_sft',
+           'as_far', 'voices', 'quizzed', 'Asked', 'Measured', 'table_row', 'begun', 'compare']
 
 # %% ../../nbs/11_evaluate.ipynb #imports
 import math
@@ -194,6 +194,12 @@ def best_of_n(
     return best, math.log(n) - (n - 1) / n
 
 
+def difference_of(one: torch.Tensor, other: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
+    "Ratio of sums of `one`, (2, N), less that of `other`, for each draw of pictures: (draws,)."
+    ratios = [x[0][picks].sum(1) / x[1][picks].sum(1).clamp(min=1) for x in (one, other)]
+    return ratios[0] - ratios[1]
+
+
 def wins(rm: RewardModel, prompts: list[Prompt], said: dict, name: str) -> float:
     """Share of prompts for which the reward model prefers a row's answer to SFT's at the same
     temperature; a tie counts half. It is what there is where nobody knows the truth."""
@@ -252,12 +258,6 @@ class Policies:
     def speakers(self) -> dict[str, Speaker]:
         "SFT and the arms, by name."
         return dict(sft=Speaker(self.sft, None)) | self.arms
-
-
-def difference_of(one: torch.Tensor, other: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
-    "Ratio of sums of `one`, (2, N), less that of `other`, for each draw of pictures: (draws,)."
-    ratios = [x[0][picks].sum(1) / x[1][picks].sum(1).clamp(min=1) for x in (one, other)]
-    return ratios[0] - ratios[1]
 
 
 def below_sft(source: Source, prompts: list[Prompt], said: dict, name: str) -> dict | None:

@@ -199,7 +199,7 @@ def evaluate(task: Task) -> dict:
     write_report(run, task.uses, found, plots, cfg.samples)
     return result
 
-# %% ../../nbs/11c_record.ipynb #6b5267b7
+# %% ../../nbs/11c_record.ipynb #beside
 def measure_beside(run: Run, unfinished: set[str]) -> bool:
     """Measure one more row of the table, while others of its arms still train.
 
