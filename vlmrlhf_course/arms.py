@@ -55,16 +55,14 @@ class Arms:
         for child in children:
             child.wait()
 
+    def ready(self) -> list[str]:
+        "Those that wait, and need nothing that is not there."
+        return [name for name in self.waiting if all(map(self.done, self.needs[name]))]
+
 # %% ../nbs/91b_arms.ipynb #arms-ready
 @patch
 def done(self: Arms, name: str) -> bool:
     return (self.run.path(name) / "done.json").is_file()
-
-
-@patch
-def ready(self: Arms) -> list[str]:
-    "Those that wait, and need nothing that is not there."
-    return [name for name in self.waiting if all(map(self.done, self.needs[name]))]
 
 # %% ../nbs/91b_arms.ipynb #arms-start
 @patch
