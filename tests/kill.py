@@ -5,8 +5,8 @@ left alone.
 
 Each run is killed (SIGKILL) once or twice in every stage, also while a checkpoint is being written;
 then `vlmrlhf run --resume` goes on. Which stages and arms there are, `stage_table.py` reads from
-the library. Nothing is mocked but the start of processes: they are forked from one that has
-imported PyTorch, which saves seconds a kill."""
+the library. Nothing is mocked but the start of a run: it is forked from a process that has
+imported PyTorch, which saves seconds a kill. Its arms it starts as it always does."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ import quiet  # noqa: F401  (before PyTorch and its friends are imported)
 from accelerate.state import AcceleratorState
 from stage_table import groups_of, run_of, short_training, with_every_arm
 
-from vlmrlhf_course import arms, cli
+from vlmrlhf_course import cli
 
 # Smaller than smoke, and with a checkpoint after every step, so that there are many to be hit.
 SMALLER = (
@@ -57,11 +57,9 @@ class Forked:
                 os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
             os.environ.update(env)
-            if "VLMRLHF_ARM" not in env:
-                os.setsid()
+            os.setsid()
             # what a process that has just started knows
             AcceleratorState._reset_state(reset_partial_state=True)
-            arms._start_arm = start_arm
             status = cli.main([str(a) for a in argv])
             sys.stdout.flush()
             sys.stderr.flush()
@@ -95,13 +93,6 @@ class Forked:
             os.kill(self.pid, signal.SIGTERM)
 
 
-def start_arm(run, verb, arm, options):
-    argv = [verb, "--arm", arm, "--out", run.folder, "--seed", run.seed, *options]
-    run.path(arm).mkdir(parents=True, exist_ok=True)
-    env = dict(VLMRLHF_ARM="1", VLMRLHF_LAYERS=json.dumps(run.layers))
-    return Forked(argv, run.path(arm) / "stderr.log", **env)
-
-
 def children(pid: int) -> list[int]:
     try:
         return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -120,10 +111,13 @@ def cpu(pid: int) -> float:
     return own + sum(map(cpu, children(pid)))
 
 
+WAITING = 0.2  # seconds of CPU time that a copy of the run has taken which is no arm yet
+
+
 def kill(process: Forked, whom: str) -> str | None:
     """SIGKILL to the `process` alone, to its `group`, or to one `arm`
     (then the process must end by itself). None: it was over."""
-    running = children(process.pid) if whom == "arm" else []
+    running = [arm for arm in children(process.pid) if whom == "arm" and cpu(arm) > WAITING]
     if running:
         os.kill(random.choice(running), signal.SIGKILL)
     elif whom == "group":

@@ -16,13 +16,14 @@ import torch
 
 import vlmrlhf_course
 from vlmrlhf_course.base.launch import in_copies
+from vlmrlhf_course.base.records import sum_of
 from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.base.stages import config_of
 from vlmrlhf_course.model.memory import FeatureCache, FeaturesConfig, Seen
 from vlmrlhf_course.pipeline import obtain, reopen
-from vlmrlhf_course.report import evaluate
+from vlmrlhf_course.report import evaluate, record
 from vlmrlhf_course.report.evaluate import Policies, compare
-from vlmrlhf_course.report.record import REPORT
+from vlmrlhf_course.report.record import REPORT, measure_beside
 
 
 @pytest.fixture(scope="module")
@@ -127,19 +128,25 @@ def test_an_error_does_not_wait_for_others():
 
 
 @pytest.fixture
-def unmeasured(smoke_run, tmp_path, monkeypatch):
-    "A finished run without its evaluation; to measure anything is too late for what is wrong."
+def trained(smoke_run, tmp_path):
+    "A finished run without its evaluation."
     copied = tmp_path / "run"
     shutil.copytree(smoke_run, copied, symlinks=True)
     shutil.rmtree(copied / "evaluate")
     for name in REPORT:
         (copied / name).unlink()
+    return copied
+
+
+@pytest.fixture
+def unmeasured(trained, monkeypatch):
+    "To measure anything is too late for what is wrong."
 
     def too_late(*given):
         raise AssertionError("measured before the records were looked at")
 
     monkeypatch.setattr("vlmrlhf_course.report.record.compare", too_late)
-    return copied
+    return trained
 
 
 @pytest.mark.parametrize("stage", ["preferences", "detector", "reward"])
@@ -156,3 +163,54 @@ def test_what_is_gone_is_made_again_before_anything_is_measured(unmeasured):
     with pytest.raises(AssertionError, match="measured before"):
         obtain(reopen(unmeasured), "evaluate")
     assert (unmeasured / "detector" / "done.json").is_file()
+
+
+# --- beside the last arm --------------------------------------------------------------------------
+
+
+def measured_but(run, *unfinished):
+    "Measure what can be while these train; the stages that were loaded for it are forgotten."
+    while measure_beside(run, {*unfinished}):
+        pass
+    run.kept.clear()
+    run.looked_at.clear()
+
+
+def test_rows_measured_while_an_arm_trains_are_the_same(smoke_run, trained, monkeypatch):
+    "Each is measured once, and the report is what it would have been."
+    run = reopen(trained)
+    assert not measure_beside(run, {"ppo_rm"}) and run.measured is None, "SFT is cooled to its KL"
+    measured_but(run, "oracle", "dpo")
+    assert {"sft", "best_of_n", "grpo_greedy"} <= run.measured.rows.keys()
+    left, row = [], evaluate.table_row
+    monkeypatch.setattr(evaluate, "table_row", lambda *given: left.append(given[-1]) or row(*given))
+    obtain(run, "evaluate")
+    assert left == ["dpo", "dpo_greedy", "oracle", "oracle_greedy"]
+    reports = [json.loads((f / "report.json").read_text()) for f in (smoke_run, trained)]
+    reports[0].pop("run")
+    assert reports[0] == reports[1] and [*reports[0]] == [*reports[1]]
+    pages = [(f / "before_after.png").read_bytes() for f in (smoke_run, trained)]
+    assert pages[0] == pages[1]
+
+
+def test_what_was_measured_on_something_else_does_not_count(trained, monkeypatch):
+    "An arm that was made again meanwhile, from other settings say: its record has another sum."
+    run, taken = reopen(trained), []
+    measured_but(run, "oracle")
+    monkeypatch.setattr(record, "compare", lambda *given: taken.append(given[-1]))
+    for name, expected in (("oracle", run.measured), ("dpo", None)):
+        done = trained / name / "done.json"
+        info = json.loads(done.read_text()) | dict(note=1)
+        done.write_text(json.dumps(info | dict(sum=sum_of(info))))
+        with pytest.raises(TypeError):  # what `compare` gives is nothing, here
+            obtain(run, "evaluate")
+        assert taken[-1] is expected
+
+
+def test_damage_is_found_although_it_was_measured(trained):
+    run = reopen(trained)
+    measured_but(run, "oracle")
+    weights = next((trained / "grpo").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="grpo"):
+        obtain(run, "evaluate")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from commands import tree
 
-from vlmrlhf_course.arms import Arm
+from vlmrlhf_course.arms import Arm, new_process
 from vlmrlhf_course.base import files
 from vlmrlhf_course.base.checkpoints import (
     Checkpoints,
@@ -81,7 +81,7 @@ def test_a_log_behind_a_link(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     (tmp_path / "stderr.log").symlink_to(tmp_path / "thesis.txt")
     command = [sys.executable, "-c", "import sys; print('vlmrlhf: x', file=sys.stderr)"]
-    arm = Arm(command, dict(os.environ), tmp_path / "stderr.log")
+    arm = Arm(new_process(command, dict(os.environ)), tmp_path / "stderr.log")
     assert arm.wait() == 0
     assert arm.said() == ["vlmrlhf: x"]
     assert (tmp_path / "thesis.txt").read_text() == "mine"

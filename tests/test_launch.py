@@ -17,7 +17,7 @@ from commands import plain_environment, refused
 from conftest import REPO
 from torch.distributed import HashStore
 
-from vlmrlhf_course.arms import Arm, _start_arm
+from vlmrlhf_course.arms import Arm, _start_arm, new_process
 from vlmrlhf_course.base import launch, runs
 from vlmrlhf_course.base.folders import claim
 from vlmrlhf_course.base.settings import OTHER_LAUNCHERS, UserError
@@ -371,7 +371,7 @@ def test_what_an_arm_says(tmp_path):
     text = "import os\nfor i in range(1500): os.write(2, b'%d\\n' % i)\nos.write(2, b'\\xff')"
     (tmp_path / "place").mkdir()
     for log in (tmp_path / "nowhere" / "log", tmp_path / "place" / "log"):
-        arm = Arm([sys.executable, "-c", text], dict(os.environ), log)
+        arm = Arm(new_process([sys.executable, "-c", text], dict(os.environ)), log)
         assert arm.wait() == arm.returncode == 0
         assert arm.said() == [*map(str, range(501, 1500)), "\ufffd"]
     assert log.read_bytes().splitlines() == [*(str(i).encode() for i in range(1500)), b"\xff"]

@@ -101,7 +101,7 @@ def test_numbers_are_matched_whole(text, value, there):
 
 
 def quotes():
-    """(number, name) of each `0.123<!--name-->` or `0.12 ± 0.01<!--name-->` in a chapter: the comment
+    """(number, name) of each `0.1<!--name-->` or `0.1 ± 0.01<!--name-->` in a chapter: the comment
     is invisible there."""
     number = r"[\d.]+(?: ± [\d.]+)?"
     for file in (REPO / "nbs").glob("*.ipynb"):

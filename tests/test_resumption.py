@@ -240,9 +240,10 @@ def test_arms_are_started_so(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", Silent)
     words = "run --scale smoke --skip-bad --threads 3 --set ppo.clip=.1 ppo.beta=.2"
     args = build_parser().parse_args(words.split())
+    args.own = None
     no_stage(monkeypatch)
     asked = []
-    monkeypatch.setattr(cli.Arms, "finish", lambda arms, jobs: asked.append((arms, jobs)))
+    monkeypatch.setattr(cli.Arms, "finish", lambda arms, jobs, _: asked.append((arms, jobs)))
     monkeypatch.setattr(cli.Arms, "start", lambda arms, jobs: None)
     cli.make_arms(Run(tmp_path, "smoke", args.set, seed=4), args, 2)
     ((arms, jobs),) = asked

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['verbs', 'Parser', 'Unsaid', 'build_parser', 'layers_of', 'open_run', 'take_folder', 'record_settings', 'inherited',
-           'run_all', 'calls_in', 'make_arms', 'cost_of', 'spread', 'execute', 'run_seeds', 'run_stage', 'main']
+           'run_all', 'calls_in', 'forget', 'options_of', 'make_arms', 'cost_of', 'spread', 'execute', 'run_seeds',
+           'run_stage', 'main']
 
 # %% ../nbs/91_cli.ipynb #imports
 import argparse
@@ -15,9 +16,10 @@ import statistics
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from safetensors import SafetensorError
-from .arms import Arms, end_with_parent
+from .arms import Arms, end_with_parent, may_copy
 from .base.config import OWN, arms_layer, load_layers, scales
 from .base.settings import Settings, UserError, alone, home, is_main, load_settings
 from .base.settings import nearest
@@ -208,13 +210,29 @@ def calls_in(run) -> Counter:
             calls[row["name"]] += row["calls"]
     return calls
 
+# %% ../nbs/91_cli.ipynb #make-arms-2
+def forget(run):
+    "Hold none of a run's results any more."
+    from vlmrlhf_course.base.launch import let_go
+
+    run.kept.clear()
+    run.looked_at.clear()
+    let_go()
+
+
+def options_of(args) -> list[str]:
+    "What every arm is told of a run's command line."
+    options = ["--scale", args.scale, "--threads", str(args.threads)]
+    return options + ["--skip-bad"] * args.skip_bad + (["--set", *args.set] if args.set else [])
+
 # %% ../nbs/91_cli.ipynb #make-arms
 def make_arms(run, args, jobs: int):
     """All stages before the evaluation: what arms have in common here, as far as this process has
     its hands free, and each arm in a process of its own."""
-    from vlmrlhf_course.base.launch import let_go
     from vlmrlhf_course.base.stages import before, kind_of
+    from vlmrlhf_course.own import OwnSource
     from vlmrlhf_course.pipeline import obtain
+    from vlmrlhf_course.report.record import measure_beside
 
     stages = before(run, "evaluate")
     if not alone():  # under torchrun: all here, on all processes
@@ -225,17 +243,18 @@ def make_arms(run, args, jobs: int):
     common = [name for name in stages if any(name in others for others in needs.values())]
     order = sorted(stages, key=lambda name: name not in common)  # what others wait for comes first
     verbs = {name: kind_of(run.layers, name) for name in order}
-    options = ["--scale", args.scale, "--threads", str(args.threads)]
-    options += ["--skip-bad"] * args.skip_bad + (["--set", *args.set] if args.set else [])
-    with Arms(run, verbs, needs, options) as arms:
+    plain = not args.own and not isinstance(run.source, OwnSource)  # nothing of it is in copies
+    command = main if plain and may_copy() else None
+    with Arms(run, verbs, needs, options_of(args), command) as arms:
         name = arms.take(common)
         while name:
-            arms.start(jobs - 1)
-            obtain(run, name)
+            with arms.meanwhile(jobs - 1):
+                obtain(run, name)
             name = arms.take(common)
-        run.kept.clear()  # the arms load what they need; this process only waits
-        let_go()
-        arms.finish(jobs)
+        forget(run)  # the arms load what they need
+        beside = partial(measure_beside, run) if plain else lambda unfinished: False
+        arms.finish(jobs, beside)
+        forget(run)  # the evaluation looks at all again
 
 # %% ../nbs/91_cli.ipynb #run-all-2
 def cost_of(run, start: float, jobs: int) -> dict:

@@ -49,6 +49,7 @@ class Run:
         self.cost = dict  # () → what a report says besides: what the run has cost
         self.trusted = None  # of own data, the content that a record names: see `reopen`
         self.copies = 1  # of this process, that measure policies at once
+        self.measured = None  # what is known of its comparison before the evaluation
         self.code = dict  # () → whose functions ran in the library's place: see `--impl`
         self.layers = load_layers(scale, overrides) if layers is None else layers
         around = environment()

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BESIDES', 'OTHERS', 'Voice', 'NOVEL', 'PICTURES', 'bootstrap_interval', 'EvaluateConfig', 'true_figures_of',
-           'figures', 'speak', 'likelihood', 'speak_greedily', 'speak_blindly', 'cooled_to', 'best_of_n', 'wins',
-           'yes_or_no', 'quiz_figures', 'quiz', 'without_preface', 'Policies', 'below_sft', 'as_far', 'voices',
-           'quizzed', 'Asked', 'table_row', 'difference_of', 'compare']
+           'figures', 'speak', 'likelihood', 'speak_greedily', 'speak_blindly', 'cooled_to', 'best_of_n',
+           'difference_of', 'wins', 'yes_or_no', 'quiz_figures', 'quiz', 'without_preface', 'Policies', 'below_sft',
+           'as_far', 'voices', 'quizzed', 'Asked', 'Measured', 'table_row', 'begun', 'compare']
 
 # %% ../../nbs/11_evaluate.ipynb #imports
 import math
@@ -194,6 +194,12 @@ def best_of_n(
     return best, math.log(n) - (n - 1) / n
 
 
+def difference_of(one: torch.Tensor, other: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
+    "Ratio of sums of `one`, (2, N), less that of `other`, for each draw of pictures: (draws,)."
+    ratios = [x[0][picks].sum(1) / x[1][picks].sum(1).clamp(min=1) for x in (one, other)]
+    return ratios[0] - ratios[1]
+
+
 def wins(rm: RewardModel, prompts: list[Prompt], said: dict, name: str) -> float:
     """Share of prompts for which the reward model prefers a row's answer to SFT's at the same
     temperature; a tie counts half. It is what there is where nobody knows the truth."""
@@ -320,6 +326,16 @@ class Asked(NamedTuple):
     novel: list[Prompt]  # about combinations that no training picture shows
 
 
+@dataclass
+class Measured:
+    "What is known of a comparison. It may begin while the last arms still train."
+
+    asked: Asked
+    temperature: float  # of `sft_cooled`
+    rows: dict[str, tuple[dict, list[str]]] = field(default_factory=dict)  # figures, and answers
+    of: dict[str, str] = field(default_factory=dict)  # stage → the sum of its record
+
+
 def table_row(
     who: Policies, source: Source, asked: Asked, voice: Voice, name: str
 ) -> tuple[dict, list[str]]:
@@ -334,32 +350,32 @@ def table_row(
     return row, said
 
 # %% ../../nbs/11_evaluate.ipynb #compare
-def difference_of(one: torch.Tensor, other: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
-    "Ratio of sums of `one`, (2, N), less that of `other`, for each draw of pictures: (draws,)."
-    ratios = [x[0][picks].sum(1) / x[1][picks].sum(1).clamp(min=1) for x in (one, other)]
-    return ratios[0] - ratios[1]
-
-
 PICTURES = "report"  # draws the same held-out pictures for every seed: seeds differ in training
 
 
-def compare(who: Policies, source: Source, cfg: EvaluateConfig, copies: int = 1):
-    """Figures of every policy on held-out pictures; their answers; the prompts. `copies` of this
-    process measure at once."""
+def begun(who: Policies, source: Source, cfg: EvaluateConfig) -> Measured:
+    "A comparison in which nothing is measured yet, but how far SFT is to be cooled."
     prompts = source.prompts("test", cfg.scenes, dict(detail=1.0), PICTURES)
     questions, novel = source.quiz(prompts), []
     if "novel" in source.splits:
         novel = source.prompts("novel", cfg.scenes, dict(detail=1.0), PICTURES)
-    longest = cfg.max_new_tokens
-    rows = voices(who, cfg.best_of, as_far(who, prompts, longest), longest)
-    said, result, asked = {}, {}, Asked(prompts, questions, novel)
+    return Measured(Asked(prompts, questions, novel), as_far(who, prompts, cfg.max_new_tokens))
+
+
+def compare(who: Policies, source: Source, cfg: EvaluateConfig, copies: int = 1, known=None):
+    """Figures of every policy on held-out pictures; their answers; the prompts. `copies` of this
+    process measure at once what is not `known` already (`Measured`)."""
+    known = known or begun(who, source, cfg)
+    rows = voices(who, cfg.best_of, known.temperature, cfg.max_new_tokens)
+    prompts, left = known.asked.prompts, [name for name in rows if name not in known.rows]
 
     def measure(name):
-        return table_row(who, source, asked, rows[name], name)
+        return table_row(who, source, known.asked, rows[name], name)
 
-    done = in_copies(measure, list(rows), copies)
-    for name in progress(list(rows), "evaluating", "policy"):
-        result[name], said[name] = next(done)
+    done = in_copies(measure, left, copies)
+    for name in progress(left, "evaluating", "policy"):
+        known.rows[name] = next(done)
+    result, said = ({name: known.rows[name][i] for name in rows} for i in (0, 1))
     for name in result.keys() - {"sft", "sft_greedy"}:
         found = below_sft(source, prompts, said, name)
         if not found:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['REPORT', 'plain_figures', 'curve', 'figures_digest', 'finished_report', 'report_files', 'begin_evaluation',
            'refuse_foreign', 'reward_figures', 'accuracy_on_test_pairs', 'detector_figures', 'budget',
-           'training_curves', 'evaluation_plots', 'report_names', 'evaluate', 'write_report', 'before_evaluation']
+           'training_curves', 'evaluation_plots', 'report_names', 'evaluate', 'measure_beside', 'still_true',
+           'write_report', 'before_evaluation']
 
 # %% ../../nbs/11c_record.ipynb #imports
 import io
@@ -21,8 +22,10 @@ from ..base.launch import share
 from ..base.records import digest, digest_of, read_jsonl
 from ..base.runs import Run
 from ..base.settings import UserError, notice, read_text
-from ..base.stages import STAGES, Stage, Task, config_of, label_of, stage_names
-from .evaluate import EvaluateConfig, Policies, compare
+from ..base.stages import STAGES, Stage, Task, config_of, label_of
+from ..base.stages import resolve, stage_names
+from .evaluate import EvaluateConfig, Measured, Policies, begun
+from .evaluate import compare, table_row, voices
 from .page import Findings, before_after_figure, over_optimisation_figure
 from .page import report_html, row_names, training_figure
 from ..rl.algorithm import RLConfig
@@ -183,7 +186,7 @@ def evaluate(task: Task) -> dict:
     curves = training_curves(run, cfg)  # a damaged log is found before hours of computing
     begin_evaluation(run, task.uses)
     who = Policies(needed["sft"], needed["reward"], {a: needed[a] for a in cfg.arms}, cfg.headline)
-    result, said, prompts = compare(who, run.source, cfg, run.copies)
+    result, said, prompts = compare(who, run.source, cfg, run.copies, still_true(run))
     for arm in cfg.arms:
         for row in (arm, f"{arm}_greedy"):
             result[row]["iterations"] = budget(run, arm)
@@ -195,6 +198,36 @@ def evaluate(task: Task) -> dict:
     found = Findings(run.source, prompts, said, result, names, shown)
     write_report(run, task.uses, found, plots, cfg.samples)
     return result
+
+# %% ../../nbs/11c_record.ipynb #beside
+def measure_beside(run: Run, unfinished: set[str]) -> bool:
+    """Measure one more row of the table, while others of its arms still train.
+
+    False where there is none, or where something is wrong: the evaluation says what."""
+    cfg = config_of(run, "evaluate")
+    arms = [arm for arm in cfg.arms if arm not in unfinished]
+    if unfinished & {"sft", "reward", cfg.headline}:
+        return False
+    try:
+        sft, rm, *policies = [resolve(run, name) for name in ("sft", "reward", *arms)]
+        who = Policies(sft, rm, dict(zip(arms, policies)), cfg.headline)
+        known = run.measured = run.measured or begun(who, run.source, cfg)
+        known.of |= {name: run.info(name)["sum"] for name in ("sft", "reward", *arms)}
+        rows = voices(who, cfg.best_of, known.temperature, cfg.max_new_tokens)
+        left = [name for name in rows if name not in known.rows][:1]
+        for name in left:
+            known.rows[name] = table_row(who, run.source, known.asked, rows[name], name)
+    except UserError:
+        return False
+    return bool(left)
+
+
+def still_true(run: Run) -> Measured | None:
+    "What was measured before the evaluation, if that was on the very stages that are there now."
+    known = run.measured
+    if known and all(run.info(name).get("sum") == was for name, was in known.of.items()):
+        return known
+    return None
 
 # %% ../../nbs/11c_record.ipynb #write
 def write_report(run: Run, uses: dict, found: Findings, plots: dict[str, Figure], samples: int):
