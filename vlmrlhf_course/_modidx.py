@@ -2484,6 +2484,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'vlmrlhf_course/rl/engines.py'),
                                            'vlmrlhf_course.rl.engines.check_same_tokens': ( 'engines.html#check_same_tokens',
                                                                                             'vlmrlhf_course/rl/engines.py'),
+                                           'vlmrlhf_course.rl.engines.check_unsharded': ( 'engines.html#check_unsharded',
+                                                                                          'vlmrlhf_course/rl/engines.py'),
                                            'vlmrlhf_course.rl.engines.corrected': ( 'engines.html#corrected',
                                                                                     'vlmrlhf_course/rl/engines.py'),
                                            'vlmrlhf_course.rl.engines.importance': ( 'engines.html#importance',

@@ -135,9 +135,6 @@ class OwnSource:
             return None
         return told(good_rows(rows["train"], self.skipped), cfg.language.batch, f"own/{seed}")
 
-    def rank(self, prompts, answers, cfg, seed):
-        raise UserError(f"{self.data.train}: nobody is here to rank answers; give pairs")
-
 # %% ../nbs/99k_own_source.ipynb #source-more
 @patch(as_prop=True)
 def picture_digest(self: OwnSource) -> str:
@@ -162,6 +159,11 @@ def test_pairs(self: OwnSource) -> list[dict]:
     "Pairs that nothing has learned from and nothing was chosen by, to measure by."
     kind, rows = self.found
     return good_rows(rows["test"], self.skipped) if kind == "pairs" else []
+
+
+@patch
+def rank(self: OwnSource, prompts, answers, cfg, seed):
+    raise UserError(f"{self.data.train}: nobody is here to rank answers; give pairs")
 
 # %% ../nbs/99k_own_source.ipynb #of-run
 SECTIONS = ("model", "data")

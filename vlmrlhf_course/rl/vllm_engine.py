@@ -42,11 +42,6 @@ def check_whole(vlm: VLM):
             "rollout.engine=vllm: the vision tower trains, and vLLM keeps what it was at the"
             " start; set rollout.engine=own"
         )
-    if any(hasattr(p, "ds_id") for p in vlm.model.parameters()):
-        raise UserError(
-            "rollout.engine=vllm: ZeRO-3 has shared out the weights, and nothing here gathers them"
-            " for vLLM; use ZeRO-2, or set rollout.engine=own"
-        )
 
 
 def rank_for(vlm: VLM) -> int:
