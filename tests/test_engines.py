@@ -16,6 +16,7 @@ from own_data import checkpoint, lines, recipe, squares
 from small_models import SMALL_LORA, shake, small_ppo
 from torch.testing import assert_close
 
+from vlmrlhf_course import own as own_source
 from vlmrlhf_course.base.records import read_jsonl
 from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.cli import main
@@ -317,13 +318,15 @@ def own(tmp_path):
 
 
 def test_settings_are_refused_in_a_line(own, capsys, monkeypatch):
+    "Before the model is loaded."
+    monkeypatch.setattr(own_source, "load_checkpoint", None)
+    monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: None)
     for setting, said in (
         ("rollout.engine=sglang", "give one of own, transformers, vllm"),
         ("rollout.cap=0.5", "[1, inf)"),
         ("rollout.vllm.memory=2", "(0, 1)"),
         ("rollout.engine=vllm", "pip install 'vlmrlhf_course[vllm]'"),
     ):
-        monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: None)
         assert main(["ppo", *own, "--set", setting]) == 2
         assert said in capsys.readouterr().err.splitlines()[-1]
 
