@@ -45,6 +45,7 @@ class VLM(Roles):
         self.side = self.family.side(model.config)
         self.roles: dict[str, Role] = {}
         self.limits = Limits()  # of memory: appendix Z
+        self.sampler = None  # who draws a run's answers; None: our own loop (appendix Z)
         self.encoded = 0  # pictures that have passed the tower
         self._features, self._prompts, self._stamp = FeatureCache(), {}, None
         self._empty = {}  # what is known of pictures' sizes: see `empty_pictures`

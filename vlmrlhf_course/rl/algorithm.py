@@ -187,6 +187,8 @@ class Algorithm(nn.Module):
 
     A new one gives `experience`, `loss`, and `groups` where more than the actor learns."""
 
+    whole_answers = False  # has an answer one ratio, and not one for each token?
+
     def __init__(self, rm: RewardModel, cfg: RLConfig, name: str):
         super().__init__()
         self.vlm, self.trunk, self.cfg = rm.vlm, rm.vlm.model, cfg

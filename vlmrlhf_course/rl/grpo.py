@@ -194,6 +194,8 @@ class GRPO(Algorithm):
 class RLOO(Algorithm):
     "An actor whose answers are judged against their siblings. Source: Ahmadian et al. 2024."
 
+    whole_answers = True
+
     def experience(self, roll, reading: Reading, score, dense, beta: float, reduce):
         "One advantage for each answer, after KL was charged; `dense` is not used."
         paid = score - beta * whole_kl(roll, reading)

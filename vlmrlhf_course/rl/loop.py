@@ -28,6 +28,7 @@ from ..model.roles import ParamGroup, clip_groups, make_optimizer, set_rates
 from ..model.vlm import Speaker
 from .algorithm import Algorithm, Experience, RLConfig, Reading, phase
 from .algorithm import read_answers
+from .engines import corrected
 from .rewards import Judges, Scores
 from .rollout import Rollout, answer_figures, plan_prompts, prompt_lengths
 from .rollout import try_sample
@@ -58,6 +59,7 @@ def collect(
     score, figures = scores(roll, step, reading.states)
     dense = token_parts(rm, roll, reading)
     exp, more = algorithm.experience(roll, reading, score, dense, beta, reduce)
+    more |= corrected(exp, roll, algorithm.whole_answers)
     return exp, figures | answer_figures(roll, reading.ref) | more
 
 

@@ -35,6 +35,8 @@ class Rollout:
     logprobs: torch.Tensor
     ended: torch.Tensor
     temperature: float
+    sampled: torch.Tensor | None = None  # (B, A) under another engine, where one drew the tokens
+    cap: float = float("inf")  # of the weight that corrects for it (appendix Z)
 
 # %% ../../nbs/09_rollout.ipynb #sample
 def finite(shares: torch.Tensor) -> torch.Tensor:
@@ -199,10 +201,10 @@ def texts(vlm: VLM, roll: Rollout) -> list[str]:
 
 
 def try_sample(vlm: VLM, *args, reduce=lambda x: x) -> Rollout | None:
-    """`sample`; None where the probabilities are no longer numbers, on any of the processes over
-    which `reduce` adds up."""
+    """`sample`, or the model's own sampler; None where the probabilities are no longer numbers, on
+    any of the processes over which `reduce` adds up."""
     try:
-        roll = sample(vlm, *args)
+        roll = (vlm.sampler or sample)(vlm, *args)
     except FloatingPointError:
         roll = None
     broken = reduce(torch.tensor(float(roll is None), device=vlm.device))
