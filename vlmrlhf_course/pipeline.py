@@ -64,7 +64,7 @@ def own_run(
     folder: str | Path,
     model: str,  # a checkpoint: a folder, or a name on the hub
     data: str,  # pairs, demonstrations or prompts: see appendix V
-    recipe: str | None = None,  # a YAML file that stands above the scale `own`
+    recipe: str | list[str] | None = None,  # files or names that stand above the scale `own`
     seed: int = 0,
     **sections: dict,  # settings that stand above both, such as `ppo=dict(iterations=50)`
 ) -> Run:

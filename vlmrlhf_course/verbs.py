@@ -86,7 +86,8 @@ def _add_data(p: argparse.ArgumentParser):
         "--model", type=folder, help="also lay records out as this checkpoint reads them"
     )
     p.add_argument("--format", help="what its columns mean (default: recognised)")
-    p.add_argument("--config", metavar="FILE", help="the recipe of the run: its section `data`")
+    recipe = dict(action="append", metavar="FILE|NAME")  # each by itself: FILE may stand behind
+    p.add_argument("--config", help="a recipe of the run, for its section `data`", **recipe)
     many = dict(nargs="+", default=[], action="extend", metavar="data.KEY=VALUE")
     p.add_argument("--set", help="such as data.columns.images=photo", **many)
     p.add_argument("--images", default="", help="folder where relative paths of pictures begin")
