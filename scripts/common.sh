@@ -54,6 +54,7 @@ read_words() {
     stop "give a verb of vlmrlhf and its options, such as: ppo --config llava-1.5-7b lora --data pairs.jsonl --out runs/mine"
   fi
   COMMAND=("$@")
+  if [ "$1" = doctor ]; then RESTARTS=0; fi # a fault that it finds is there the next time, too
 }
 
 whole_number() { # NAME LEAST

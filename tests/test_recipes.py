@@ -3,9 +3,12 @@ library reads, and does a tiny model go through each route?"""
 
 import json
 import os
+import shlex
+import subprocess
 from importlib.resources import files
 
 import pytest
+from conftest import REPO
 from own_data import checkpoint, lines, squares
 
 from vlmrlhf_course.base.config import recipes
@@ -224,3 +227,44 @@ def test_the_table_of_reasons_names_every_key():
     of_stage_3 = {key for key in said["zero_optimization"] if key.startswith("stage3_")}
     top = {key if key != "bf16" else "bf16.enabled" for key in said if key != "zero_optimization"}
     assert not {key for key in {*top, *of_stage_3} if f"`{key}`" not in text}
+
+
+# --- README ---------------------------------------------------------------------------------------
+
+
+def commands_of_readme():
+    "The commands of the section on many GPUs, word by word."
+    section = (REPO / "README.md").read_text("utf-8").split("## On many GPUs\n")[1]
+    block = section.split("```sh\n")[1].split("```")[0]
+    return [shlex.split(line, comments=True) for line in block.splitlines()]
+
+
+def shown(words, folder):
+    "What a launcher of ours would start, by its own `--dry-run`: the words of `vlmrlhf`."
+    if words[0] == "sbatch":
+        words = words[3:]
+    name, *rest = words
+    at = 1 if name.endswith("hostfile.sh") else 0
+    command = ["bash", str(REPO / name), *rest[:at], "--dry-run", *rest[at:]]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    line = shlex.split(done.stdout.splitlines()[0])
+    line = shlex.split(line[-1]) if line[0] == "ssh" else line
+    return line[line.index("--no-python") + 2 :]
+
+
+@pytest.mark.parametrize("words", commands_of_readme(), ids=lambda words: " ".join(words[:3]))
+def test_commands_of_the_section_on_many_gpus(desk, words):
+    "Each is understood, to the last word; the recipes run above, and doctor in test_doctor.py."
+    (desk / "hostfile").write_text("one slots=8\ntwo slots=8\n")
+    words = words[1:] if words[0] == "vlmrlhf" else shown(words, desk)
+    known = "--dry-run" in build_parser()._subparsers._group_actions[0].choices["ppo"].format_help()
+    words = [word for word in words if known or word != "--dry-run"]
+    args = build_parser().parse_args(words)
+    if args.verb == "doctor":
+        assert args.out == "runs/mine"
+        return
+    said = layers_of(args)
+    model, route = args.config
+    assert model in MODELS and route in ROUTES and args.out.startswith("runs/")
+    assert said["data"]["train"] == "pairs.jsonl"

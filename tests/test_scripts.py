@@ -1,4 +1,4 @@
-"""The launchers in scripts/: what they print, what they refuse, and processes that they start on CPU.
+"""The launchers in scripts/: what they print and refuse, and processes that they start on CPU.
 
 ssh and Slurm are stand-ins here; a GPU cluster has never seen any of it."""
 
@@ -79,6 +79,8 @@ def test_one_node_shows_its_command(tmp_path):
     start = "torchrun --standalone --nproc-per-node 8 --max-restarts 3 --no-python vlmrlhf".split()
     assert words[words.index("torchrun") :] == [*start, *WORDS]
     assert list(tmp_path.iterdir()) == [] and done.returncode == 0 and done.stderr == ""
+    done = script("one_node.sh", "--dry-run", "doctor", cwd=tmp_path)
+    assert "--max-restarts 0" in done.stdout, "what it finds is there the next time, too"
 
 
 def test_a_hostfile_shows_a_command_for_each_node(tmp_path):

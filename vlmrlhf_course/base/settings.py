@@ -143,7 +143,7 @@ def _check_switches():
         if name.startswith(SWITCHES) and value.lower() not in TRUTH:
             raise UserError(f"{name}={value!r} in the environment: give true or false, or unset it")
 
-
+# %% ../../nbs/94_settings.ipynb #launch-checks-2
 def _check_meeting_place(processes):
     "accelerate takes WORLD_SIZE or LOCAL_RANK for a launcher's: then all of them must stand."
     if processes > 1:
