@@ -68,7 +68,7 @@ SLOW = 100.0  # MB/s; a checkpoint of 10 GB takes two minutes then
 
 
 def disk_speed(file: Path, pieces: int = 64) -> tuple[float, float]:
-    "MB/s of writing a file through to the disk, and of reading it back, past the memory if possible."
+    "MB/s of writing a file through to the disk, and of reading it back, past memory if possible."
     data, start = os.urandom(PIECE), time.perf_counter()
     with open(file, "wb") as f:
         for _ in range(pieces):
