@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from safetensors import SafetensorError
 from .arms import Arms, end_with_parent, may_copy
-from .base.config import OWN, arms_layer, load_layers, scales
+from .base.config import OWN, arms_layer, load_layers, recipes, scales
 from .base.settings import Settings, UserError, alone, home, is_main, load_settings
 from .base.settings import nearest
 from .base.terminal import explain, prepare
@@ -70,13 +70,15 @@ def build_parser() -> argparse.ArgumentParser:
 # %% ../nbs/91_cli.ipynb #parser-2
 def _add_common(p: argparse.ArgumentParser, known: Settings):
     "Options of every verb."
-    scale = f"{', '.join(scales())}, or a YAML file (default {known.scale}; with --model {OWN})"
+    scale = f"{', '.join(scales())}, or a YAML file (default {known.scale}; with a model {OWN})"
     bad = "leave out and count bad records of preference data, instead of stopping"
     many = dict(nargs="+", default=[], action="extend", metavar="SECTION.KEY=VALUE")
     p.add_argument("--out", type=folder, help=f"folder (default {known.runs}/SCALE-seed-SEED)")
     p.add_argument("--seed", type=whole_number(0, 2**31 - 1), default=known.seed)
     p.add_argument("--scale", default=Unsaid(known.scale), help=scale)
-    p.add_argument("--config", metavar="FILE", help="a recipe: YAML that stands above the scale")
+    several = dict(nargs="+", default=[], action="extend", metavar="FILE|NAME")
+    above = f"recipes above the scale: YAML files, or some of {', '.join(recipes())}"
+    p.add_argument("--config", help=above, **several)
     p.add_argument("--set", help="override configuration", **many)
     threads = "CPU threads (default 1: small models gain nothing from more)"
     p.add_argument("--threads", type=whole_number(1, 1024), default=1, help=threads)
@@ -291,10 +293,10 @@ def execute(args) -> int:
     "Carry out parsed arguments."
     if args.verb in OWN_VERBS:
         return OWN_VERBS[args.verb].run(args)
-    if isinstance(args.scale, Unsaid) and getattr(args, "model", None):
-        args.scale = OWN
     if inherited() is None and args.verb != "pretrain":
-        layers_of(args)  # a mistake in these is said before PyTorch is loaded
+        layers = layers_of(args)  # a mistake in these is said before PyTorch is loaded
+        if isinstance(args.scale, Unsaid) and layers.get("model", {}).get("path"):
+            args.scale = OWN
     import torch
     from vlmrlhf_course.base.launch import keep_memory, make_accelerator, peers
 

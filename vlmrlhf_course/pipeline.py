@@ -12,7 +12,8 @@ import pkgutil
 from pathlib import Path
 from omegaconf import OmegaConf
 from .base.checkpoints import reading
-from .base.config import ARMS, OWN, arms_layer, load_layers, merge_sections, recorded
+from .base.config import ARMS, OWN, arms_layer, load_layers
+from .base.config import merge_sections, recorded
 from .base.runs import Run, cached_run
 from .base.settings import UserError, home, nearest
 from .base.sharding import LAUNCH
@@ -63,7 +64,7 @@ def own_run(
     folder: str | Path,
     model: str,  # a checkpoint: a folder, or a name on the hub
     data: str,  # pairs, demonstrations or prompts: see appendix V
-    recipe: str | None = None,  # a YAML file that stands above the scale `own`
+    recipe: str | list[str] | None = None,  # files or names that stand above the scale `own`
     seed: int = 0,
     **sections: dict,  # settings that stand above both, such as `ppo=dict(iterations=50)`
 ) -> Run:

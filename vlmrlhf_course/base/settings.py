@@ -118,6 +118,7 @@ def check_launch():
             f"RANK={rank} in the environment, and {has}: start with torchrun, or unset RANK"
         )
     _check_switches()
+    _check_restart()
     for name in OTHER_LAUNCHERS:
         if env_number(name, processes, 1) != processes:
             raise UserError(
@@ -142,7 +143,7 @@ def _check_switches():
         if name.startswith(SWITCHES) and value.lower() not in TRUTH:
             raise UserError(f"{name}={value!r} in the environment: give true or false, or unset it")
 
-
+# %% ../../nbs/94_settings.ipynb #launch-checks-2
 def _check_meeting_place(processes):
     "accelerate takes WORLD_SIZE or LOCAL_RANK for a launcher's: then all of them must stand."
     if processes > 1:
@@ -158,6 +159,16 @@ def _check_meeting_place(processes):
                 f"start with torchrun, or unset {set_by}"
             )
     env_number("MASTER_PORT", 0, 1, 65535)
+
+
+def _check_restart():
+    "A process that torchrun has started again would find what the one before it has said."
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if env_number("TORCHELASTIC_RESTART_COUNT", 0) and shared:
+        raise UserError(
+            "torchrun has started this process again, in the store of the attempt before: "
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where it is called, as scripts/ do"
+        )
 
 # %% ../../nbs/94_settings.ipynb #open
 def open_regular(path: str | Path) -> BinaryIO:

@@ -8,6 +8,7 @@ __all__ = ['LAUNCH', 'MOMENTS', 'LaunchConfig', 'asked', 'shared_out_as', 'check
 
 # %% ../../nbs/97b_sharding.ipynb #ce4769fb
 import importlib.util
+import json
 import logging
 import os
 import threading
@@ -15,6 +16,7 @@ import warnings
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.resources import files
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -81,24 +83,12 @@ def check_sharding(cfg: LaunchConfig) -> bool:
 
 # %% ../../nbs/97b_sharding.ipynb #ddd7e21d
 def deepspeed_config(zero: int, offload: bool = False, dtype=torch.float32) -> dict:
-    "DeepSpeed's configuration: every value that counts is written out."
-    partition = dict(stage=zero, overlap_comm=False, contiguous_gradients=True)
-    if zero == 3:  # a trunk that rests: every weight is shared out, also a small one
-        partition["stage3_param_persistence_threshold"] = 0
-        partition["memory_efficient_linear"] = False  # it would replace `F.linear` everywhere
-    if offload:
-        partition["offload_optimizer"] = dict(device="cpu")
-    return dict(
-        train_micro_batch_size_per_gpu=1,  # batches are ours; it asks for a number
-        gradient_accumulation_steps=1,  # so is accumulation: see `Sharding.backward`
-        gradient_clipping=0.0,  # so is clipping: each group by itself
-        zero_optimization=partition,
-        zero_allow_untested_optimizer=True,
-        zero_force_ds_cpu_optimizer=False,  # torch's AdamW: nothing is compiled
-        bf16=dict(enabled=dtype == torch.bfloat16),
-        fp16=dict(enabled=dtype == torch.float16),
-        steps_per_print=10**9,
-    )
+    "What DeepSpeed is told at a stage: a file of `recipes/deepspeed`, for weights of a precision."
+    name = f"zero{zero}-offload.json" if offload else f"zero{zero}.json"
+    file = files("vlmrlhf_course") / "recipes" / "deepspeed" / name
+    told = json.loads(file.read_text("utf-8"))
+    half = dict(bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16)
+    return told | {kind: dict(enabled=enabled) for kind, enabled in half.items()}
 
 
 def _initialize(model: nn.Module, config: dict, optimizer=None):
