@@ -14,7 +14,7 @@ from conftest import REPO
 
 PACKAGE = REPO / "vlmrlhf_course"
 # A module imports from rooms before its own, and from its own room without circles.
-ROOMS = "base data model train rl report world own pipeline classroom".split()
+ROOMS = "base data model train rl report world own scale pipeline classroom".split()
 ROOMS += "grading arms verbs cli".split()
 MAY_NAME_THE_WORLD = ("world", "pipeline", "classroom")  # who may name the drawn world
 NOTEBOOKS = sorted((REPO / "nbs").glob("*.ipynb"))

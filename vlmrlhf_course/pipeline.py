@@ -12,13 +12,15 @@ import pkgutil
 from pathlib import Path
 from omegaconf import OmegaConf
 from .base.checkpoints import reading
-from .base.config import ARMS, OWN, arms_layer, load_layers, merge_sections, recorded
+from .base.config import ARMS, OWN, arms_layer, build_config, load_layers
+from .base.config import merge_sections, recorded
 from .base.runs import Run, cached_run
 from .base.settings import UserError, home, nearest
 from .base.stages import MEANS, SOURCES, STAGES, TAKEN, WATCH, before, config_of
 from .base.stages import kind_of, log_config, resolve, stage_names
 from .model.export import Head
 from .own import OwnSource, folder_of, own_source
+from .scale.launching import LAUNCH, LaunchConfig
 from .model.vlm import Speaker, VLM
 from .train.given import given_config
 from .world.scenes import WorldConfig
@@ -141,9 +143,10 @@ def check_run(run: Run):
     Raises UserError that names the first one that no stage can use."""
     stages = stage_names(run.layers)
     own = MEANS if isinstance(run.source, OwnSource) else ()  # the drawn world fits anywhere
-    sections = (*SOURCES, *WATCH, *own)
+    sections = (*SOURCES, *WATCH, *LAUNCH, *own)
     known = [*sections, *stages]
     log_config(run)
+    build_config(LaunchConfig, run.layers.get("launch", {}), "launch")  # and not into a record
     for name in sections:
         if "kind" in run.layers.get(name, {}):
             raise UserError(f"{name}.kind: {name} is no stage; give the arm another name")
