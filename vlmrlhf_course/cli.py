@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['verbs', 'Parser', 'Unsaid', 'build_parser', 'layers_of', 'open_run', 'take_folder', 'record_settings', 'inherited',
-           'run_all', 'calls_in', 'make_arms', 'cost_of', 'spread', 'execute', 'run_seeds', 'run_stage', 'main']
+           'run_all', 'calls_in', 'make_arms', 'cost_of', 'spread', 'folder_for', 'execute', 'run_seeds', 'run_stage',
+           'main']
 
 # %% ../nbs/91_cli.ipynb #imports
 import argparse
@@ -22,7 +23,7 @@ from .base.config import OWN, arms_layer, load_layers, scales
 from .base.settings import Settings, UserError, alone, home, is_main, load_settings
 from .base.settings import nearest
 from .base.terminal import explain, prepare
-from .verbs import OWN_VERBS, folder, own_functions, whole_number
+from .verbs import OWN_VERBS, folder, own_functions, run_dry, whole_number
 
 # %% ../nbs/91_cli.ipynb #sections
 def verbs(layers: dict) -> dict[str, str]:
@@ -88,6 +89,8 @@ def _add_own(p: argparse.ArgumentParser):
     data = "your pairs, demonstrations or prompts: a file, a folder, or hub:NAME[:SPLIT]"
     p.add_argument("--data", type=folder, metavar="FILE", help=data)
     p.add_argument("--format", help="what its columns mean (default: recognised)")
+    dry = "say what would be made and whether it fits into the GPUs of `launch`; touch nothing"
+    p.add_argument("--dry-run", action="store_true", help=dry)
     reward = "a reward model from elsewhere: RUN/reward, or what `export --adapter` has written"
     p.add_argument("--reward-model", type=folder, metavar="DIR", help=reward)
 
@@ -268,6 +271,13 @@ def spread(results: list[dict]) -> dict:
     return merge(results)
 
 # %% ../nbs/91_cli.ipynb #main
+def folder_for(args) -> Path:
+    "The folder of a command's run."
+    if args.out:
+        return home(args.out, "--out")
+    return home(load_settings().runs, "runs") / f"{Path(args.scale).stem}-seed-{args.seed}"
+
+
 def execute(args) -> int:
     "Carry out parsed arguments."
     if args.verb in OWN_VERBS:
@@ -276,6 +286,8 @@ def execute(args) -> int:
         args.scale = OWN
     if inherited() is None and args.verb != "pretrain":
         layers_of(args)  # a mistake in these is said before PyTorch is loaded
+    if getattr(args, "dry_run", False):
+        return run_dry(args, folder_for(args), layers_of(args))
     import torch
     from vlmrlhf_course.base.launch import keep_memory, make_accelerator, peers
 
@@ -290,10 +302,7 @@ def execute(args) -> int:
         folder = home(args.out, "--out") if args.out else "pretrained"
         pretrain(folder, seed=args.seed)
         return 0
-    if args.out:
-        base = home(args.out, "--out")
-    else:
-        base = home(load_settings().runs, "runs") / f"{Path(args.scale).stem}-seed-{args.seed}"
+    base = folder_for(args)
     with own_functions(args.impl) as args.own:
         return run_seeds(args, base) if args.verb == "run" else run_stage(args, base)
 
@@ -346,7 +355,10 @@ def main(argv: list[str] | None = None) -> int:
         prepare()
         if os.environ.get("VLMRLHF_ARM"):
             end_with_parent()
-        status = execute(build_parser().parse_args(argv))
+        words = sys.argv[1:] if argv is None else argv
+        args = build_parser().parse_args(words)
+        args.words = [word for word in words if word != "--dry-run"]
+        status = execute(args)
     except UserError as e:
         line, status = f"vlmrlhf: {e}", 2
     except KeyboardInterrupt:

@@ -9,7 +9,8 @@ __all__ = ['largest', 'limit', 'changes', 'remedies', 'in_words', 'table', 'plot
 # %% ../../nbs/99rd_fitting.ipynb #imports
 from dataclasses import replace
 from typing import NamedTuple
-from .planner import GB, Plan, PlanConfig, ROUTES, SIZE, picture_bytes, plan
+from .launching import PlanConfig, ROUTES, SIZE
+from .planner import GB, Plan, picture_bytes, plan
 from .planner import processes, prompt_tokens, rollout_of
 from .shapes import weights
 
