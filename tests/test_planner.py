@@ -1,5 +1,5 @@
-"""The planner: what it says of weights, gradients and optimiser states is what DeepSpeed's processes
-hold; what it says of a step is what PyTorch allocates."""
+"""The planner: what it says of weights, gradients and optimiser states is what processes of
+DeepSpeed hold; what it says of a step is what PyTorch allocates."""
 
 from contextlib import ExitStack, nullcontext
 from unittest import mock

@@ -1,4 +1,4 @@
-"What a process really holds under DeepSpeed: bytes of weights, copies, gradients, optimiser states."
+"What a process holds under DeepSpeed: bytes of weights, copies, gradients, optimiser states."
 
 import json
 import os

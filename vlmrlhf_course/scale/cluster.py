@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'ring_seconds', 'slowest_link', 'gather_seconds', 'reduce_seconds', 'expected_longest', 'young',
-           'young_daly', 'lost_share', 'forward_flops', 'update_flops', 'token_seconds', 'Iteration', 'Load',
-           'iteration', 'in_layout', 'fits', 'compare']
+           'young_daly', 'lost_share', 'forward_flops', 'update_flops', 'token_seconds', 'Iteration', 'link_seconds',
+           'Load', 'iteration', 'in_layout', 'fits', 'compare']
 
 # %% ../../nbs/99s_cluster.ipynb #imports
 import math
@@ -132,6 +132,19 @@ class Iteration(NamedTuple):
         return f"an iteration: {self.seconds:.1f} s ({parts}); {price}; at stated rates"
 
 # %% ../../nbs/99s_cluster.ipynb #iteration
+def link_seconds(cfg: PlanConfig, layout: str, rates: Rates, epochs: int) -> float:
+    "What an iteration sends apart from sampling: weights for each pass, gradients for each step."
+    trunk = max(roles_of(cfg)[0][1:3]) * SIZE[cfg.dtype]
+    learned = learned_weights(cfg) * SIZE[cfg.trained]
+    parts = math.ceil(cfg.answers / processes(cfg) / cfg.micro_batch)
+    gathers = 2 * parts + (3 if cfg.checkpointing else 2) * parts * epochs
+    steps = max(1, parts // cfg.accumulation) * epochs
+    sharded = "zero3" if layout == "workers" and cfg.zero == 3 else layout
+    found = gathers * gather_seconds(trunk, cfg, sharded, rates)
+    found += steps * reduce_seconds(learned, cfg, layout, rates)
+    return found + gather_seconds(trunk, cfg, layout, rates) * cfg.gather
+
+
 @dataclass(frozen=True)
 class Load:
     "What an iteration is, besides a plan."
@@ -141,7 +154,7 @@ class Load:
     deviation: float = 0.25  # … and its standard deviation
     worker_share: float = 0.5  # of the GPUs that sample, in the layout `workers`
 
-
+# %% ../../nbs/99s_cluster.ipynb #iteration-part2
 def iteration(cfg: PlanConfig, layout: str, rates: Rates = Rates(), load: Load = Load()):
     "An iteration of a plan in one of `LAYOUTS`, as `Iteration`: seconds by kind, and dollars."
     share = cfg.answers / processes(cfg)
@@ -158,16 +171,9 @@ def iteration(cfg: PlanConfig, layout: str, rates: Rates = Rates(), load: Load =
     reading, update = (
         share * work / speed for work in (2 * once, update_flops(cfg, load.epochs, mean))
     )
-    trunk = max(roles_of(cfg)[0][1:3]) * SIZE[cfg.dtype]
-    learned = learned_weights(cfg) * SIZE[cfg.trained]
-    parts = math.ceil(share / cfg.micro_batch)
-    gathers = 2 * parts + (3 if cfg.checkpointing else 2) * parts * load.epochs
-    steps = max(1, parts // cfg.accumulation) * load.epochs
-    sharded = "zero3" if layout == "workers" and cfg.zero == 3 else layout
-    links = gathers * gather_seconds(trunk, cfg, sharded, rates)
-    links += steps * reduce_seconds(learned, cfg, layout, rates)
-    links += gather_seconds(trunk, cfg, layout, rates) * cfg.gather
+    links = link_seconds(cfg, layout, rates, load.epochs)
     times = [rounds * mean * token, rounds * (longest - mean) * token, reading, update, links]
+    learned = learned_weights(cfg) * SIZE[cfg.trained]
     if layout == "workers":
         times = _apart(times, learned, cfg, rates, load)
     return _priced(times, learned, cfg, rates)
@@ -183,7 +189,7 @@ def _apart(times, learned, cfg, rates, load) -> list[float]:
         return [sampling * ours, waiting * ours, 0.0, 0.0, sent]
     return [0.0, 0.0, reading * theirs, update * theirs, links + sent]
 
-
+# %% ../../nbs/99s_cluster.ipynb #iteration-part3
 def _priced(times, learned, cfg, rates) -> Iteration:
     "With what failures cost."
     mtbf = rates.mtbf * 3600 / processes(cfg)

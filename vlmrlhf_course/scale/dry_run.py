@@ -7,6 +7,7 @@ __all__ = ['unread_source', 'launch_of', 'plan_of', 'planned', 'dry_run']
 
 # %% ../../nbs/99rc_dry_run.ipynb #imports
 import math
+from dataclasses import asdict
 from ..base.config import build_config
 from ..base.runs import Run
 from ..base.settings import UserError
@@ -46,14 +47,18 @@ def _in_step(kind: str, cfg) -> int:
     return cfg.minibatch if hasattr(cfg, "minibatch") else _batches(kind, cfg, None)["answers"]
 
 
+def _dtype(model: ModelConfig) -> str:
+    "The trunk's; as it was published, or bfloat16, where nothing is said."
+    if model.dtype != "auto":
+        return model.dtype
+    said = getattr(model_config(model.path), "dtype", None)
+    return str(said).removeprefix("torch.") if said else "bfloat16"
+
+# %% ../../nbs/99rc_dry_run.ipynb #plan-part2
 def plan_of(run: Run, name: str) -> PlanConfig:
     "What the planner is asked about a stage. Raises UserError."
     cfg, kind, launch = config_of(run, name), kind_of(run.layers, name), launch_of(run)
     model = run.section("model", ModelConfig)
-    dtype = model.dtype
-    if dtype == "auto":
-        said = getattr(model_config(model.path), "dtype", None)
-        dtype = str(said).removeprefix("torch.") if said else "bfloat16"
     given = _batches(kind, cfg, run.section("rollout", RolloutConfig))
     share = math.ceil(given["answers"] / (launch.gpus * launch.nodes))
     given["rollout"] = min(given.get("rollout") or share, share)
@@ -67,15 +72,11 @@ def plan_of(run: Run, name: str) -> PlanConfig:
         stage=kind,
         route="lora" if cfg.lora.r else "language",
         r=cfg.lora.r or PlanConfig.r,
-        zero=launch.zero,
-        offload=launch.offload,
-        gpus=launch.gpus,
-        nodes=launch.nodes,
-        gpu_memory=launch.gpu_memory,
-        dtype=dtype,
+        dtype=_dtype(model),
         accumulation=math.ceil(_in_step(kind, cfg) / each),
         checkpointing=model.gradient_checkpointing,
         **given,
+        **{key: x for key, x in asdict(launch).items() if key != "deepspeed"},
     )
 
 # %% ../../nbs/99rc_dry_run.ipynb #say
@@ -113,7 +114,7 @@ def _refuse(run: Run, plans: dict):
             remedy = help if ways else "take fewer tokens, or a smaller model"
             raise UserError(f"{name} does not fit: {took} on each GPU; {remedy}")
 
-
+# %% ../../nbs/99rc_dry_run.ipynb #say-part2
 def dry_run(run: Run, name: str, words: list[str], show=print):
     """Say what `vlmrlhf WORDS` would do for a stage and those before it, and touch nothing.
 

@@ -63,7 +63,7 @@ def remedies(cfg: PlanConfig) -> list[tuple[dict, Plan]]:
             return [(together, found)]
     return []
 
-
+# %% ../../nbs/99rd_fitting.ipynb #remedies-part2
 def in_words(some: dict) -> str:
     "Changes as options of `vlmrlhf plan`."
     said = []
@@ -99,7 +99,7 @@ def table(found: Plan) -> str:
     lines += [f"  fits with {in_words(some)}: {p.most / GB:.1f} GB" for some, p in ways]
     return "\n".join(lines if ways else [*lines, "  nothing tried here makes it fit"])
 
-
+# %% ../../nbs/99rd_fitting.ipynb #table-part2
 def plot(plans: dict[str, Plan], path: str):
     "Stacked bars, one for each plan, in the phase in which it holds most."
     import matplotlib

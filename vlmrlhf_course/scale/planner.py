@@ -80,7 +80,7 @@ NEEDED = dict(
     ppo=("actor", "reference", "critic", "reward"),
 )
 
-
+# %% ../../nbs/99r_planner.ipynb #roles-part2
 def roles_of(cfg: PlanConfig) -> list[Added]:
     "What stands in memory, role by role."
     lora, size, single = cfg.route == "lora", SIZE[cfg.dtype], SIZE[cfg.trained]
@@ -139,7 +139,7 @@ def picture_bytes(cfg: PlanConfig) -> float:
     each = cfg.picture_tokens or picture_tokens(cfg.model, config)
     return cfg.pictures * each * family_of(config).width(config) * 4
 
-
+# %% ../../nbs/99r_planner.ipynb #batch-part2
 def tower_bytes(cfg: PlanConfig) -> float:
     "Activations of a tower that learns, for one prompt. Source: Korthikanti et al. 2022, eq. 2."
     if cfg.route != "full":

@@ -120,7 +120,7 @@ def picture_tokens(model: str, config) -> int:
 
 # %% ../../nbs/99ra_shapes.ipynb #blank
 class Blank(VLM):
-    "A `VLM` whose weights have shapes and no numbers; with `layers`, so many of its language model."
+    "A `VLM` of shapes without numbers; with `layers`, so many of its language model."
 
     banned_ids = (0,)
 
@@ -214,7 +214,7 @@ class Allocated(TorchDispatchMode):
 
 # %% ../../nbs/99ra_shapes.ipynb #fused
 def _fused(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    "`F.scaled_dot_product_attention` as the GPU's kernel allocates it: no scores, but a mask of q's type."
+    "Attention as the GPU's kernel allocates it: no scores, but a mask of q's type."
     (q, k, v), _ = widest((q, k, v), {})
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -252,7 +252,7 @@ class Bytes(NamedTuple):
     held: float  # when the forward pass ends: what waits for the way back
     most: float  # at any time
 
-
+# %% ../../nbs/99ra_shapes.ipynb #step-part2
 def _run(blank: Blank, actor: str, rows: int, step: Step) -> Bytes:
     "One pass of `rows` packed rows, and the way back."
     long = step.prompt + step.packed * step.answer
