@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from vlmrlhf_course.scale.cluster import LAYOUTS, Load, compare, expected_longest, fits
-from vlmrlhf_course.scale.cluster import forward_flops, gather_seconds, in_layout, iteration
+from vlmrlhf_course.scale.cluster import LAYOUTS, Load, compare_layouts, expected_longest, fits
+from vlmrlhf_course.scale.cluster import forward_flops, gather_seconds, in_layout, cluster_iteration
 from vlmrlhf_course.scale.cluster import lost_share, reduce_seconds, ring_seconds, slowest_link
 from vlmrlhf_course.scale.cluster import token_seconds, update_flops, young, young_daly
 from vlmrlhf_course.scale.launching import PlanConfig, Rates
@@ -134,38 +134,39 @@ def test_a_token_waits_for_memory_or_for_python():
 
 
 def test_an_iterations_parts_add_up_and_are_paid():
-    done = iteration(SEVEN, "copies")
+    done = cluster_iteration(SEVEN, "copies")
     assert done.seconds == pytest.approx(sum(done[:6])) and min(done) >= 0
     paid = done.seconds * 8 * RATES.dollars / 3600 / 512 * 1000
     assert done.dollars == pytest.approx(paid)
     assert f"{done.seconds:.1f} s" in done.in_words()
-    faster = iteration(SEVEN, "copies", Rates(mfu=0.48))
+    faster = cluster_iteration(SEVEN, "copies", Rates(mfu=0.48))
     assert faster.update == pytest.approx(done.update / 2)
-    assert iteration(SEVEN, "copies", RATES, Load(deviation=0.0)).waiting == 0
+    assert cluster_iteration(SEVEN, "copies", RATES, Load(deviation=0.0)).waiting == 0
 
 
 def test_more_gpus_break_more_often():
     few, many = (
-        iteration(replace(SEVEN, nodes=n, answers=512 * n), "copies", Rates()) for n in (1, 512)
+        cluster_iteration(replace(SEVEN, nodes=n, answers=512 * n), "copies", Rates())
+        for n in (1, 512)
     )
     assert many.lost / many.seconds > 5 * few.lost / few.seconds
     assert many.waiting >= few.waiting
 
 
 def test_workers_take_as_long_as_the_slower_side():
-    done = iteration(SEVEN, "workers")
-    alone = iteration(SEVEN, "copies")
+    done = cluster_iteration(SEVEN, "workers")
+    alone = cluster_iteration(SEVEN, "copies")
     assert done.update == 0 and done.sampling == pytest.approx(2 * alone.sampling)
-    quick = iteration(SEVEN, "workers", Rates(launch=0.0), Load(worker_share=0.9))
+    quick = cluster_iteration(SEVEN, "workers", Rates(launch=0.0), Load(worker_share=0.9))
     assert quick.sampling == 0 and quick.update > alone.update
 
 
 def test_layouts_that_do_not_fit_have_no_figure():
     full = replace(SEVEN, model="13b", route="full", zero=2, rollout=8, micro_batch=8)
-    found = compare(full, (1, 8))
+    found = compare_layouts(full, (1, 8))
     assert set(found[1]) == set(LAYOUTS) and found[1]["copies"] is None
     assert not fits(in_layout(full, "copies"), "copies")
     assert in_layout(full, "copies").zero == 2 and in_layout(full, "zero3").zero == 3
-    lora = compare(SEVEN, (1,))[1]
+    lora = compare_layouts(SEVEN, (1,))[1]
     assert all(lora.values()) and lora["copies"].seconds < lora["workers"].seconds
     assert learned_weights(full) > 13e9

@@ -152,7 +152,7 @@ def data(args) -> int:
 # %% ../nbs/91d_verbs.ipynb #plan
 def plan(args) -> int:
     "`vlmrlhf plan`: what a run would take. Its status is 1 where that does not fit."
-    from vlmrlhf_course.scale.cluster import iteration
+    from vlmrlhf_course.scale.cluster import cluster_iteration
     from vlmrlhf_course.scale.fitting import claims_table, cost_claims, plot, table, weight_claims
     from vlmrlhf_course.scale.planner import plan as planned
 
@@ -164,7 +164,7 @@ def plan(args) -> int:
     found = planned(cfg)
     print(table(found))
     if cfg.stage in ("ppo", "grpo", "rloo") and found.fits:
-        print(iteration(cfg, "zero3" if cfg.zero == 3 else "copies", rates).in_words())
+        print(cluster_iteration(cfg, "zero3" if cfg.zero == 3 else "copies", rates).in_words())
     if args.claims:
         print(claims_table([*weight_claims(cfg.model), *cost_claims(cfg.model)]))
     if args.plot:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYOUTS', 'ring_seconds', 'slowest_link', 'gather_seconds', 'reduce_seconds', 'expected_longest', 'young',
            'young_daly', 'lost_share', 'forward_flops', 'update_flops', 'token_seconds', 'Iteration', 'link_seconds',
-           'Load', 'iteration', 'in_layout', 'fits', 'compare']
+           'Load', 'cluster_iteration', 'in_layout', 'fits', 'compare_layouts']
 
 # %% ../../nbs/99s_cluster.ipynb #imports
 import math
@@ -155,7 +155,7 @@ class Load:
     worker_share: float = 0.5  # of the GPUs that sample, in the layout `workers`
 
 # %% ../../nbs/99s_cluster.ipynb #iteration-part2
-def iteration(cfg: PlanConfig, layout: str, rates: Rates = Rates(), load: Load = Load()):
+def cluster_iteration(cfg: PlanConfig, layout: str, rates: Rates = Rates(), load: Load = Load()):
     "An iteration of a plan in one of `LAYOUTS`, as `Iteration`: seconds by kind, and dollars."
     share = cfg.answers / processes(cfg)
     mean, spread = load.length * cfg.answer, load.deviation * cfg.answer
@@ -223,7 +223,9 @@ def fits(cfg: PlanConfig, layout: str) -> bool:
     return max(found.bytes("update"), samples) <= most
 
 
-def compare(cfg: PlanConfig, nodes: tuple[int, ...], rates: Rates = Rates(), load: Load = Load()):
+def compare_layouts(
+    cfg: PlanConfig, nodes: tuple[int, ...], rates: Rates = Rates(), load: Load = Load()
+):
     "Nodes → layout → `Iteration`, or None where it does not fit; answers grow with the nodes."
     found = {}
     for n in nodes:
@@ -231,5 +233,5 @@ def compare(cfg: PlanConfig, nodes: tuple[int, ...], rates: Rates = Rates(), loa
         for layout in LAYOUTS:
             here = in_layout(now, layout)
             if fits(here, layout):
-                found[n][layout] = iteration(here, layout, rates, load)
+                found[n][layout] = cluster_iteration(here, layout, rates, load)
     return found
