@@ -15,9 +15,9 @@ from commands import change_stage, no_stage, refused, same_files, smoke
 from conftest import REPO
 from safetensors.torch import load_file
 
-from vlmrlhf_course.base.records import read_jsonl
+from vlmrlhf_course.base.records import read_jsonl, spread
 from vlmrlhf_course.base.stages import STAGES
-from vlmrlhf_course.cli import build_parser, main, spread
+from vlmrlhf_course.cli import build_parser, main
 from vlmrlhf_course.data.pairs import load_pairs
 from vlmrlhf_course.rl import loop
 from vlmrlhf_course.train import sft

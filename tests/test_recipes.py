@@ -40,9 +40,9 @@ P14 = {  # hyper-parameters by size; `per_gpu`: answers of a step on each of 8 G
 }
 RATES = ("actor_lr", "critic_lr")
 STARTS = {  # (column, route) → DeepSpeed's stage, and is the optimiser in the host's memory?
-    ("7B", "full"): (3, False),
-    ("13B", "full"): (3, True),
-    ("34B", "full"): (3, True),
+    ("7B", "full"): (2, True),
+    ("13B", "full"): (2, True),
+    ("34B", "full"): (2, True),
     ("7B", "lora"): (2, False),
     ("13B", "lora"): (2, False),
     ("34B", "lora"): (3, False),
@@ -107,7 +107,8 @@ def test_routes_are_configuration(desk, model, route):
     for name in ("grpo", "rloo"):
         same = ("actor_lr", "answers", "minibatch", "epochs", "clip", "beta", "kl_target")
         assert all(getattr(stages[name], key) == getattr(stages["ppo"], key) for key in same)
-    assert run.source.limits.gradient_checkpointing and run.source.limits.batch == 32
+    batch = 32 if MODELS[model][1] == "7B" else 8  # at 32 keys and values would not fit
+    assert run.source.limits.gradient_checkpointing and run.source.limits.batch == batch
     assert config_of(run, "evaluate").arms == ("ppo",), "the scale `own` is below"
 
 

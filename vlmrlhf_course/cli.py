@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['verbs', 'Parser', 'Unsaid', 'build_parser', 'layers_of', 'open_run', 'take_folder', 'record_settings', 'inherited',
-           'run_all', 'calls_in', 'forget', 'options_of', 'make_arms', 'cost_of', 'spread', 'execute', 'run_seeds',
+           'run_all', 'calls_in', 'forget', 'options_of', 'make_arms', 'cost_of', 'folder_for', 'execute', 'run_seeds',
            'run_stage', 'main']
 
 # %% ../nbs/91_cli.ipynb #imports
@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import resource
-import statistics
 import sys
 import time
 from collections import Counter
@@ -21,10 +20,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 from .arms import Arms, end_with_parent, may_copy
 from .base.config import OWN, arms_layer, load_layers, recipes, scales
+from .base.records import spread
 from .base.settings import Settings, UserError, alone, home, is_main, load_settings
 from .base.settings import nearest
 from .base.terminal import explain, prepare
-from .verbs import OWN_VERBS, folder, own_functions, whole_number
+from .verbs import OWN_VERBS, folder, own_functions, run_dry, whole_number
 
 # %% ../nbs/91_cli.ipynb #sections
 def verbs(layers: dict) -> dict[str, str]:
@@ -92,6 +92,8 @@ def _add_own(p: argparse.ArgumentParser):
     data = "your pairs, demonstrations or prompts: a file, a folder, or hub:NAME[:SPLIT]"
     p.add_argument("--data", type=folder, metavar="FILE", help=data)
     p.add_argument("--format", help="what its columns mean (default: recognised)")
+    dry = "say what would be made and whether it fits into the GPUs of `launch`; touch nothing"
+    p.add_argument("--dry-run", action="store_true", help=dry)
     reward = "a reward model from elsewhere: RUN/reward, or what `export --adapter` has written"
     p.add_argument("--reward-model", type=folder, metavar="DIR", help=reward)
 
@@ -273,22 +275,14 @@ def _cost(result) -> str:
     except (KeyError, TypeError, ValueError):
         return ""
 
-# %% ../nbs/91_cli.ipynb #spread
-def spread(results: list[dict]) -> dict:
-    "Mean and standard deviation of every figure over several runs."
-
-    def merge(values):
-        if isinstance(values[0], dict):
-            shared = [k for k in values[0] if all(k in v for v in values)]
-            return {k: merge([v[k] for v in values]) for k in shared}
-        if isinstance(values[0], (int, float)):
-            std = statistics.stdev(values) if len(values) > 1 else 0.0
-            return dict(mean=statistics.fmean(values), std=std)
-        return None
-
-    return merge(results)
-
 # %% ../nbs/91_cli.ipynb #main
+def folder_for(args) -> Path:
+    "The folder of a command's run."
+    if args.out:
+        return home(args.out, "--out")
+    return home(load_settings().runs, "runs") / f"{Path(args.scale).stem}-seed-{args.seed}"
+
+
 def execute(args) -> int:
     "Carry out parsed arguments."
     if args.verb in OWN_VERBS:
@@ -297,6 +291,8 @@ def execute(args) -> int:
         layers = layers_of(args)  # a mistake in these is said before PyTorch is loaded
         if isinstance(args.scale, Unsaid) and layers.get("model", {}).get("path"):
             args.scale = OWN
+    if getattr(args, "dry_run", False):
+        return run_dry(args, folder_for(args), layers_of(args))
     import torch
     from vlmrlhf_course.base.launch import keep_memory, make_accelerator, peers
 
@@ -311,10 +307,7 @@ def execute(args) -> int:
         folder = home(args.out, "--out") if args.out else "pretrained"
         pretrain(folder, seed=args.seed)
         return 0
-    if args.out:
-        base = home(args.out, "--out")
-    else:
-        base = home(load_settings().runs, "runs") / f"{Path(args.scale).stem}-seed-{args.seed}"
+    base = folder_for(args)
     with own_functions(args.impl) as args.own:
         return run_seeds(args, base) if args.verb == "run" else run_stage(args, base)
 
@@ -367,7 +360,10 @@ def main(argv: list[str] | None = None) -> int:
         prepare()
         if os.environ.get("VLMRLHF_ARM"):
             end_with_parent()
-        status = execute(build_parser().parse_args(argv))
+        words = sys.argv[1:] if argv is None else argv
+        args = build_parser().parse_args(words)
+        args.words = [word for word in words if word != "--dry-run"]
+        status = execute(args)
     except UserError as e:
         line, status = f"vlmrlhf: {e}", 2
     except KeyboardInterrupt:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROOMS', 'FOUND', 'SILENT', 'NO_POLICY', 'fill_table', 'with_source', 'obtain', 'course_run', 'own_run', 'reopen',
-           'made', 'speaker_of', 'trunk_of', 'check_run', 'check_data', 'check_links', 'check_arms']
+           'made', 'speaker_of', 'trunk_of', 'check_run', 'check_data', 'check_copies', 'check_links', 'check_arms']
 
 # %% ../nbs/99g_pipeline.ipynb #imports
 import importlib
@@ -160,6 +160,7 @@ def check_run(run: Run):
         check_links(run, name, stages)
     for name in stages:
         before(run, name)
+    check_copies(run, stages)
     check_arms(run, stages)
 
 
@@ -167,6 +168,18 @@ def check_data(run: Run, stage: str):
     "Raise UserError where own data are no pairs, and a stage or one before it needs some."
     if isinstance(run.source, OwnSource) and "preferences" in (*before(run, stage), stage):
         run.source.pairs("train")
+
+# %% ../nbs/99g_pipeline.ipynb #check-copies
+def check_copies(run: Run, stages: list[str]):
+    "Raise UserError where stage 3 is to share out a trunk of which a role is a full copy."
+    shared = launch_config(run).zero == 3
+    for name in stages if shared else ():
+        lora = getattr(config_of(run, name), "lora", None)
+        if lora and not lora.r and kind_of(run.layers, name) != "sft":
+            fault = "a full copy learns, and stage 3 shares out a trunk that rests"
+            raise UserError(
+                f"launch.zero=3, {name}.lora.r=0: {fault}; set launch.zero to 2, or give an adapter"
+            )
 
 # %% ../nbs/99g_pipeline.ipynb #check-2
 def check_links(run: Run, name: str, stages: list[str]):

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MOST_PIXELS', 'digest', 'digest_of', 'digest_of_records', 'known_digest', 'sum_of', 'read_jsonl',
-           'parse_record', 'read_picture', 'on_white']
+           'parse_record', 'read_picture', 'on_white', 'spread']
 
 # %% ../../nbs/96b_records.ipynb #imports
 import hashlib
 import io
 import json
 import os
+import statistics
 import warnings
 from pathlib import Path
 from PIL import Image, ImageOps
@@ -158,3 +159,18 @@ def on_white(picture: Image.Image) -> Image.Image:
     clear = picture.convert("RGBA")
     white = Image.new("RGBA", clear.size, "white")
     return Image.alpha_composite(white, clear).convert("RGB")
+
+# %% ../../nbs/96b_records.ipynb #spread
+def spread(results: list[dict]) -> dict:
+    "Mean and standard deviation of every figure over several runs."
+
+    def merge(values):
+        if isinstance(values[0], dict):
+            shared = [k for k in values[0] if all(k in v for v in values)]
+            return {k: merge([v[k] for v in values]) for k in shared}
+        if isinstance(values[0], (int, float)):
+            std = statistics.stdev(values) if len(values) > 1 else 0.0
+            return dict(mean=statistics.fmean(values), std=std)
+        return None
+
+    return merge(results)
