@@ -24,8 +24,9 @@ def table() -> str:
     counts = Counter(entry["how"] for entry in TYPES.values())
     number = {how: f"{counts[how]} {what}" for how, what in RUNS.items()}
     said = (
-        f"Of {len(TYPES)} types, {number['own']} ✓, {number['general']} ✓ or (✓), {number['refused']} "
-        f"in one line, {number['not tried']}. ✓: run as a tiny random model, and equal to plain "
+        f"Of {len(TYPES)} types, {number['own']} ✓, {number['general']} ✓ or (✓), "
+        f"{number['refused']} in one line, {number['not tried']}. "
+        "✓: run as a tiny random model, and equal to plain "
         "`transformers` in log-probabilities, samples and gradients (`tests/test_all_models.py`). "
         "CI installs neither torchvision nor timm, and types that need one are not run there: (✓) "
         "has the same test, where torchvision is installed. "

@@ -171,7 +171,7 @@ def _in_list(path: str) -> Iterator[Record]:
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not JSON ({e}); one record a line? Call it .jsonl") from None
 
-
+# %% ../../nbs/99ja_files.ipynb #list-entries
 def _entries(text: str, path: str) -> Iterator[tuple[int, int]]:
     "Where the entries of a list begin and end. Raises ValueError; UserError for another thing."
     at, decoder = SPACE.match(text).end(), json.JSONDecoder()
