@@ -25,13 +25,8 @@ def table() -> str:
     number = {how: f"{counts[how]} {what}" for how, what in RUNS.items()}
     said = (
         f"Of {len(TYPES)} types, {number['own']} ✓, {number['general']} ✓ or (✓), "
-<<<<<<< HEAD
         f"{number['refused']} "
         f"in one line, {number['not tried']}. ✓: run as a tiny random model, and equal to plain "
-=======
-        f"{number['refused']} in one line, {number['not tried']}. "
-        "✓: run as a tiny random model, and equal to plain "
->>>>>>> own14
         "`transformers` in log-probabilities, samples and gradients (`tests/test_all_models.py`). "
         "CI installs neither torchvision nor timm, and types that need one are not run there: (✓) "
         "has the same test, where torchvision is installed. "

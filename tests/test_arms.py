@@ -204,8 +204,13 @@ def test_copies_end_when_nobody_tells_them_anything(tmp_path):
         copies.append(Copy(command, copies))
     arm = told(copies[0], tmp_path / "log", "stay")
     until(lambda: arm.lines)
-    for copy in copies:
-        copy.stdin.close()
+    try:
+        for copy in copies:
+            copy.stdin.close()
+        until(lambda: None not in [copy.poll() for copy in copies])
+    finally:
+        for copy in copies:
+            copy.terminate()
     assert [copy.wait() for copy in copies] == [3, 0, 0]
     assert "has ended" in arm.said()[-1]
 

@@ -101,13 +101,8 @@ def test_numbers_are_matched_whole(text, value, there):
 
 
 def quotes():
-<<<<<<< HEAD
     """(number, name) of each `0.1<!--name-->` or `0.1 ± 0.01<!--name-->` in a chapter: the comment
     is invisible there."""
-=======
-    """(number, name) of each `0.123<!--name-->` in a chapter, or `0.12 ± 0.01<!--name-->`: the
-    comment is invisible there."""
->>>>>>> own14
     number = r"[\d.]+(?: ± [\d.]+)?"
     for file in (REPO / "nbs").glob("*.ipynb"):
         for cell in json.loads(file.read_text("utf-8"))["cells"]:
