@@ -26,6 +26,7 @@ from ..base.config import LATER, check_ranges
 from ..base.settings import UserError, nearest
 from .precision import HALF, at_least_single
 from .quantised import all_plain, is_quantised, with_adapters
+from .vision import TOWER, Seeing, adapted, places, stem
 
 # %% ../../nbs/99b_roles.ipynb #roles
 @dataclass(frozen=True)
@@ -38,9 +39,12 @@ class LoRAConfig:
     alpha: int = 32  # the adapter's output is scaled by alpha / r
     dropout: float = 0.0
     targets: tuple[str, ...] = field(default=(), metadata=LATER)  # such as q_proj; none: all layers
+    tower: bool = field(default=False, metadata=LATER)  # and on the vision tower's attention
 
     def __post_init__(self):
         check_ranges(self, r="[0, inf)", alpha="(0, inf)", dropout="[0, 1)")
+        if self.tower and not self.r:
+            raise ValueError("tower=true: adapters need a rank; give r above 0")
 
 # %% ../../nbs/99b_roles.ipynb #group
 class ParamGroup(NamedTuple):
@@ -79,17 +83,22 @@ class Role(nn.Module):
     The weights are an adapter in the trunk's layers, or a copy of the language model. Who trains a
     role asks it for its parameters, by no name."""
 
-    def __init__(self, name: str, language: nn.Module, copy: nn.ModuleList | None = None):
+    def __init__(
+        self,
+        name: str,
+        language: nn.Module,
+        copy: nn.ModuleList | None = None,
+        tower: nn.Module | None = None,  # it may have an adapter there, too
+    ):
         super().__init__()
         self.name, self.copy, self.head = name, copy, None
-        found = [] if copy else language.named_modules()
+        found = {} if copy else places(language, tower)
         self._layers = {
-            path: m for path, m in found if isinstance(m, BaseTunerLayer) and name in m.lora_A
+            path: m
+            for path, m in found.items()
+            if isinstance(m, BaseTunerLayer) and name in m.lora_A
         }
-
-    def layers(self) -> dict[str, BaseTunerLayer]:
-        "The trunk's layers that hold its adapter, by their paths; none for a copy."
-        return self._layers
+        self.sees = any(path.startswith(TOWER) for path in self._layers)  # in a way of its own
 
     def weights(self) -> dict[str, torch.Tensor]:
         "The adapter, or the copy: path → live weights. The role's name is not in the paths."
@@ -100,12 +109,20 @@ class Role(nn.Module):
         sides = ((path, s, getattr(m, s)) for path, m in self.layers().items() for s in SIDES)
         return {f"{path}.{s}.weight": side[self.name].weight for path, s, side in sides}
 
-    def own(self) -> dict[str, torch.Tensor]:
-        "All that belongs to the role: `weights`, and those of the head."
-        head = self.head.state_dict(keep_vars=True) if self.head is not None else {}
-        return self.weights() | {f"head.{path}": w for path, w in head.items()}
-
 # %% ../../nbs/99b_roles.ipynb #role-2
+@patch
+def layers(self: Role) -> dict[str, BaseTunerLayer]:
+    "The trunk's layers that hold its adapter, by their paths; none for a copy."
+    return self._layers
+
+
+@patch
+def own(self: Role) -> dict[str, torch.Tensor]:
+    "All that belongs to the role: `weights`, and those of the head."
+    head = self.head.state_dict(keep_vars=True) if self.head is not None else {}
+    return self.weights() | {f"head.{path}": w for path, w in head.items()}
+
+
 @patch
 def trained(self: Role) -> list[nn.Parameter]:
     "What an optimiser may change of it."
@@ -113,11 +130,17 @@ def trained(self: Role) -> list[nn.Parameter]:
 
 
 @patch
+def tower_weights(self: Role) -> list[torch.Tensor]:
+    "Those that change what it sees of a picture."
+    return [w for path, w in self.weights().items() if self.sees and path.startswith(TOWER)]
+
+
+@patch
 def group(self: Role, lr: float, schedule=lambda step: 1.0) -> ParamGroup:
     "The role's weights for an optimiser: peak rate, and a schedule of it."
     return ParamGroup(self.trained(), lr, schedule)
 
-
+# %% ../../nbs/99b_roles.ipynb #role-3
 @patch
 def state(self: Role) -> dict[str, torch.Tensor]:
     "The role's own weights, live."
@@ -146,8 +169,7 @@ def snapshot(self: Role) -> dict[str, torch.Tensor]:
 # %% ../../nbs/99b_roles.ipynb #roles-targets
 def _targets(language: nn.Module, cfg: LoRAConfig) -> list[str]:
     "Names of the layers that get an adapter. Raises UserError for one that no linear layer has."
-    linear = (path for path, m in language.named_modules() if isinstance(m, nn.Linear))
-    paths = {path.split(".base_layer")[0].split(".lora_")[0] for path in linear}
+    paths = {stem(path) for path, m in language.named_modules() if isinstance(m, nn.Linear)}
     known = sorted({path.rpartition(".")[2] for path in paths})
     for name in cfg.targets:
         if name not in known:
@@ -156,7 +178,7 @@ def _targets(language: nn.Module, cfg: LoRAConfig) -> list[str]:
     return list(cfg.targets)
 
 # %% ../../nbs/99b_roles.ipynb #roles-class
-class Roles:
+class Roles(Seeing):
     """Roles on one trunk: the part of a `VLM` that knows who speaks with which weights.
 
     A `VLM` brings `model`, `language` (the trunk's language model), `family`, and `roles`: from
@@ -175,16 +197,25 @@ def _bare(module: nn.Module) -> nn.Module:
     return module.requires_grad_(True)
 
 
-def _add_adapter(language: nn.Module, name: str, cfg: LoRAConfig):
-    "Low-rank layers called `name` beside every linear layer; peft's own."
+def _add_adapter(part: nn.Module, name: str, cfg: LoRAConfig, targets: list[str]):
+    "Low-rank layers called `name` beside linear layers, no targets: beside all; peft's own."
     settings = dict(r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout)
-    lora = LoraConfig(target_modules=_targets(language, cfg) or "all-linear", **settings)
+    lora = LoraConfig(target_modules=targets or "all-linear", **settings)
     with warnings.catch_warnings():  # several adapters on one model are what we want
         warnings.filterwarnings("ignore", message="Already found a .peft_config")
-        inject_adapter_in_model(lora, language, name)
-    vars(language).pop("_adapted", None)
+        inject_adapter_in_model(lora, part, name)
+    vars(part).pop("_adapted", None)
     # Dropout would make two passes of one policy differ: a ratio that is not 1.
-    language.eval()
+    part.eval()
+
+# %% ../../nbs/99b_roles.ipynb #roles-begin
+def _begin_as(role: Role, like: Role):
+    "Raises UserError where the two have different adapters."
+    if {*role.weights()} != {*like.weights()}:
+        raise UserError(
+            f"role {role.name!r} cannot start from {like.name!r}: give both the same lora"
+        )
+    role.load(like.weights())
 
 
 def learns_in_single(role: Role) -> Role:
@@ -260,13 +291,16 @@ def add_role(
         return self.roles[name]
     if any(name in brought(m) for m in self.lora_layers()):
         raise UserError(f"the model brings an adapter {name!r} of its own; call the role otherwise")
-    before = {p: p.requires_grad for p in self.language.parameters()}
-    _add_adapter(self.language, name, cfg)
-    role = self.roles[name] = Role(name, self.language)
+    parts = [(self.language, _targets(self.language, cfg))]
+    parts += [(self.tower, self.tower_targets())] if cfg.tower else []
+    before = {p: p.requires_grad for part, _ in parts for p in part.parameters()}
+    for part, targets in parts:
+        _add_adapter(part, name, cfg, targets)
+    role = self.roles[name] = Role(name, self.language, tower=self.tower)
     learns_in_single(role)
     if like:
-        role.load(self.roles[like].weights())
-    for path, p in self.language.named_parameters():
+        _begin_as(role, self.roles[like])
+    for path, p in sum(([*part.named_parameters()] for part, _ in parts), []):
         mine = any(f".{known}." in path for known in self.roles)  # not what the model brought
         p.requires_grad_(".lora_" in path and mine and before.get(p, True))
     return role
@@ -274,11 +308,9 @@ def add_role(
 # %% ../../nbs/99b_roles.ipynb #roles-acting
 @patch
 def lora_layers(self: Roles) -> list[BaseTunerLayer]:
-    "Layers that have adapters, kept: to look for them takes longer than a small model's answer."
-    kept = vars(self.language)
-    if "_adapted" not in kept:
-        kept["_adapted"] = [m for m in self.language.modules() if isinstance(m, BaseTunerLayer)]
-    return kept["_adapted"]
+    "Layers that have adapters, of the language model and of the vision tower."
+    found, seeing = adapted(self.language), adapted(self.tower)
+    return [*dict.fromkeys([*found, *seeing])] if seeing else found
 
 
 @patch
@@ -347,12 +379,13 @@ def merged(vlm: Roles, role: str | None):
     """Within this block the trunk's own weights are W + BA, so that an adapter costs nothing.
 
     Yields the role to speak in. Fewer bits would round the sum, and ratios would not be 1: there
-    the adapter stays apart; and where the model brought others, which may depend on W."""
+    the adapter stays apart; and where the model brought others, which may depend on W, or where
+    the role has a tower of its own."""
     adapts = role is not None and vlm.role(role).copy is None
     layers = [m for m in vlm.lora_layers() if role in m.lora_A] if adapts else []
     weights = [m.get_base_layer().weight for m in layers]
-    packed = any(map(is_quantised, layers))
-    if not layers or packed or weights[0].dtype in HALF or any(map(brought, layers)):
+    apart = any(map(is_quantised, layers)) or any(map(brought, layers)) or vlm.eyes(role)
+    if not layers or apart or weights[0].dtype in HALF:
         yield role
         return
     before = [w.data for w in weights]

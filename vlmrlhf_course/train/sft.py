@@ -138,6 +138,8 @@ def fit_part(vlm: VLM, source: Source, cfg: SFTConfig, part: Path, seed: int, of
     fitted, stage = part.with_name(f"fit-{part.name}"), getattr(cfg, part.name)
     items = source.demonstrations(cfg, seed, faithful=part.name == "projector")
     role = adapter_of(vlm, cfg, part.name)
+    for layer in role.layers().values() if role else ():
+        layer.lora_dropout.train()
     groups = [role.group(stage.lr, stage.factor)] if role else sft_groups(vlm, cfg, part.name)
     more = dict(clear=False, seed=seed, of=of, groups=groups)
     fit(SFTTask(vlm, role and role.name), items, stage, fitted, f"SFT {part.name}", **more)
