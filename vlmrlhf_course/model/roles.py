@@ -16,8 +16,7 @@ from typing import Callable, NamedTuple
 import torch
 from accelerate import Accelerator
 from fastcore.basics import patch
-from peft import LoraConfig, inject_adapter_in_model
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -26,7 +25,7 @@ from ..base.config import LATER, check_ranges
 from ..base.settings import UserError, nearest
 from .precision import HALF, at_least_single
 from .quantised import all_plain, is_quantised, with_adapters
-from .vision import TOWER, Seeing, adapted, places, stem
+from .vision import TOWER, Seeing, adapted, places, stem, weigh
 
 # %% ../../nbs/99b_roles.ipynb #roles
 @dataclass(frozen=True)
@@ -53,6 +52,9 @@ class ParamGroup(NamedTuple):
     params: list[nn.Parameter]
     peak: float  # the highest rate
     schedule: Callable[[int], float]  # step → factor on it; 0 means frozen
+    clip: float = 0.0  # its own limit; 0: that of all groups
+    weight: float = 1.0  # factor on its gradients
+    parts: dict[str, list[nn.Parameter]] = {}  # of the model, whose norms are logged (appendix Z)
 
 
 def make_optimizer(groups: list[ParamGroup], betas: tuple[float, float], weight_decay: float = 0.0):
@@ -70,7 +72,8 @@ def set_rates(optimizer, groups: list[ParamGroup], step: int, scale: float = 1.0
 def clip_groups(accelerator: Accelerator, groups: list[ParamGroup], limit: float) -> float:
     """Clip each group's gradients to norm `limit` by itself: a critic that is far off, or a tower
     that has just thawed, must not slow the others down. Returns the norm of all before that."""
-    norms = [float(accelerator.clip_grad_norm_(g.params, limit)) for g in groups]
+    weigh(groups)
+    norms = [float(accelerator.clip_grad_norm_(g.params, g.clip or limit)) for g in groups]
     return math.hypot(*norms)
 
 # %% ../../nbs/99b_roles.ipynb #role
@@ -212,9 +215,7 @@ def _add_adapter(part: nn.Module, name: str, cfg: LoRAConfig, targets: list[str]
 def _begin_as(role: Role, like: Role):
     "Raises UserError where the two have different adapters."
     if {*role.weights()} != {*like.weights()}:
-        raise UserError(
-            f"role {role.name!r} cannot start from {like.name!r}: give both the same lora"
-        )
+        raise UserError(f"{role.name!r} cannot start from {like.name!r}: give both the same lora")
     role.load(like.weights())
 
 

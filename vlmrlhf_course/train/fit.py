@@ -24,6 +24,7 @@ from ..base.launch import make_accelerator
 from ..base.metrics import MetricLog, StepGuard, drawing, progress, seed_of
 from ..base.settings import UserError
 from ..model.roles import ParamGroup, clip_groups, make_optimizer, set_rates
+from ..model.vision import part_norms, resting
 
 # %% ../../nbs/03_fit.ipynb #lr
 def warmup_cosine(
@@ -137,8 +138,10 @@ def fit(
 
     for step in progress(range(start, cfg.steps), text):
         set_rates(optimizer, groups, step)
-        with drawing(seed_of(seed, text, step, accelerator.process_index), accelerator.device):
+        drawn = drawing(seed_of(seed, text, step, accelerator.process_index), accelerator.device)
+        with drawn, resting(groups, step):
             loss, metrics = backward_through(task, items_at(step), cfg.micro_batch, accelerator)
+        metrics |= part_norms(groups)
         norm = clip_groups(accelerator, groups, cfg.clip)
         if guard(step, loss, norm):
             optimizer.step()
