@@ -130,7 +130,7 @@ PARTS = ("tower", "projector", "language")  # the last one is all that is neithe
 
 @dataclass(frozen=True)
 class Modality:
-    "How a part of the model learns beside the others. As soon as one is set, each is clipped alone."
+    "How a part learns beside the others. As soon as one is set, each is clipped alone."
 
     rate: float = 1.0  # factor on its learning rate
     clip: float = 0.0  # largest norm of its gradients; 0: what the stage says
@@ -196,13 +196,17 @@ def tuned(group, name: str, params: list[nn.Parameter], how: Modality):
 # %% ../../nbs/99q_vision.ipynb #steps
 @contextmanager
 def resting(groups: list, step: int):
-    "Within this block weights whose schedule says 0 take no gradient, as if they were frozen."
+    """Within this block weights whose schedule says 0 take no gradient, as if they were frozen.
+
+    Yields a dictionary that holds `part_norms` afterwards."""
     still = [group.params for group in groups if not group.schedule(step)]
     rest = sum(still, []) if len(still) < len(groups) else []  # somebody has to learn
+    norms = {}
     for p in rest:
         p.requires_grad_(False)
     try:
-        yield
+        yield norms
+        norms |= part_norms(groups)
     finally:
         for p in rest:
             p.requires_grad_(True)

@@ -24,7 +24,7 @@ from ..base.launch import make_accelerator
 from ..base.metrics import MetricLog, StepGuard, drawing, progress, seed_of
 from ..base.settings import UserError
 from ..model.roles import ParamGroup, clip_groups, make_optimizer, set_rates
-from ..model.vision import part_norms, resting
+from ..model.vision import resting
 
 # %% ../../nbs/03_fit.ipynb #lr
 def warmup_cosine(
@@ -130,23 +130,21 @@ def fit(
     "Train what requires gradients in `task`; go on from the last checkpoint in `folder`."
     accelerator, groups = make_accelerator(), groups or [learning(task, cfg)]
     task, optimizer = accelerator.prepare(task, make_optimizer(groups, BETAS, cfg.weight_decay))
-    guard = StepGuard(accelerator, text)
-    remembered = (guard, stop) if hasattr(stop, "state_dict") else (guard,)
-    saved = Checkpoints(Path(folder) / "checkpoints", accelerator, objects=remembered, of=of)
+    guard, more = StepGuard(accelerator, text), [stop] if hasattr(stop, "state_dict") else []
+    saved = Checkpoints(Path(folder) / "checkpoints", accelerator, objects=(guard, *more), of=of)
     start = saved.load()
     log = MetricLog(folder, start, accelerator.is_main_process, saved.metrics)
 
     for step in progress(range(start, cfg.steps), text):
         set_rates(optimizer, groups, step)
         drawn = drawing(seed_of(seed, text, step, accelerator.process_index), accelerator.device)
-        with drawn, resting(groups, step):
+        with drawn, resting(groups, step) as norms:
             loss, metrics = backward_through(task, items_at(step), cfg.micro_batch, accelerator)
-        metrics |= part_norms(groups)
         norm = clip_groups(accelerator, groups, cfg.clip)
         if guard(step, loss, norm):
             optimizer.step()
         optimizer.zero_grad()
-        metrics |= dict(lr=optimizer.param_groups[0]["lr"], skipped=guard.skipped)
+        metrics |= norms | dict(lr=optimizer.param_groups[0]["lr"], skipped=guard.skipped)
         log(step, loss=loss, grad_norm=norm, **metrics)
         if stop and stop(step + 1):
             break
