@@ -10,8 +10,19 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from benchmarks.common import PAID, Clock, Library, build, fresh_prompts, matmul_rate, medians
-from benchmarks.common import number, save, table, update_flops
+from benchmarks.common import (
+    PAID,
+    Clock,
+    Library,
+    build,
+    fresh_prompts,
+    matmul_rate,
+    medians,
+    number,
+    save,
+    table,
+    update_flops,
+)
 from vlmrlhf_course.model.vlm import answer, token_logprobs
 from vlmrlhf_course.rl import loop, rollout
 from vlmrlhf_course.rl.algorithm import Experience

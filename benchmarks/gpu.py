@@ -7,12 +7,27 @@ import contextlib
 import sys
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-from transformers import LlavaProcessor
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from benchmarks.common import PAID, Library, build, fresh_prompts, matmul_rate, medians, number
-from benchmarks.common import save, table, update_flops
+from benchmarks.common import (
+    PAID,
+    Library,
+    build,
+    fresh_prompts,
+    matmul_rate,
+    medians,
+    number,
+    save,
+    table,
+    update_flops,
+)
 from benchmarks.textbook import Naive
 from vlmrlhf_course.model.vlm import VLM
 from vlmrlhf_course.rl.algorithm import Experience

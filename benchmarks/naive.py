@@ -7,8 +7,18 @@ import argparse
 
 import torch
 
-from benchmarks.common import PAID, Library, TowerCount, build, fresh_prompts, medians, number
-from benchmarks.common import save, shake, table
+from benchmarks.common import (
+    PAID,
+    Library,
+    TowerCount,
+    build,
+    fresh_prompts,
+    medians,
+    number,
+    save,
+    shake,
+    table,
+)
 from benchmarks.textbook import Naive, check
 from vlmrlhf_course.rl.ppo import PPOConfig
 from vlmrlhf_course.world.llava import VLMConfig

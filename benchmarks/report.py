@@ -5,13 +5,24 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks import breakdown, detector, gpu, naive, own_pairs, scaling, trl_peer, two_stages
+from benchmarks import (
+    breakdown,
+    detector,
+    gpu,
+    naive,
+    own_pairs,
+    scaling,
+    trl_peer,
+    two_stages,
+    vision,
+)
 from benchmarks.common import RESULTS
 
 README = Path(__file__).parent / "README.md"
 CHAPTERS = sorted((Path(__file__).parents[1] / "nbs").glob("*.ipynb"))
 SCRIPTS = dict(naive=naive, trl_peer=trl_peer, breakdown=breakdown, scaling=scaling)
 SCRIPTS |= dict(two_stages=two_stages, detector=detector, own_pairs=own_pairs, gpu=gpu)
+SCRIPTS |= dict(vision=vision)
 
 
 def results() -> dict[str, dict]:

@@ -8,8 +8,19 @@ import statistics
 
 import torch
 
-from benchmarks.common import PAID, RESULTS, Endless, Library, build, fresh_prompts, medians
-from benchmarks.common import number, rss, save, table
+from benchmarks.common import (
+    PAID,
+    RESULTS,
+    Endless,
+    Library,
+    build,
+    fresh_prompts,
+    medians,
+    number,
+    rss,
+    save,
+    table,
+)
 from vlmrlhf_course.rl.ppo import PPOConfig
 from vlmrlhf_course.rl.rollout import plan_prompts
 from vlmrlhf_course.world.llava import VLMConfig

@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import quiet  # noqa: F401  (before PyTorch and its friends are imported)
-
 import numpy as np
 import pytest
+import quiet  # noqa: F401  (before PyTorch and its friends are imported)
 import torch
 from filelock import FileLock
 from hypothesis import settings

@@ -22,7 +22,6 @@ from datetime import date
 from pathlib import Path
 
 import quiet  # noqa: F401  (before PyTorch and its friends are imported)
-
 from accelerate.state import AcceleratorState
 from stage_table import groups_of, run_of, short_training, with_every_arm
 

@@ -6,11 +6,11 @@ A configuration starts from the type's own default; whatever is large in it is m
 
 import torch
 import transformers as T
+from other_specs import AT_WORK, NAMED, OTHERS, merged
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from other_specs import AT_WORK, NAMED, OTHERS, merged
 from vlmrlhf_course.model.family import WORDS, chat_template, word_tokenizer
 
 WIDTHS = """hidden_size embed_dim out_hidden_size projection_dim d_model text_hidden_size

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import quiet  # noqa: F401  (before PyTorch and its friends are imported)
-
 import torch
 from stage_table import LAST
 

@@ -1,12 +1,12 @@
 "Advantages against their definitions: token rewards, GAE, whitening, shaping, the value head."
 
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from small_models import rand, right_mask, seeds
 from torch.testing import assert_close
 
-from vlmrlhf_course.rl.advantages import ValueHead, gae, potential_shaping, token_rewards
-from vlmrlhf_course.rl.advantages import whiten
+from vlmrlhf_course.rl.advantages import ValueHead, gae, potential_shaping, token_rewards, whiten
 
 
 def gae_by_definition(r, v, gamma, lam, after):

@@ -4,7 +4,8 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vlmrlhf_course.data.preferences import cohen_kappa, fleiss_kappa
 from vlmrlhf_course.world.rubric import annotate

@@ -6,7 +6,7 @@ import re
 
 import pyarrow as pa
 import pytest
-from bad_data import N, NAMES, RECORDS, folder_of_pictures, good
+from bad_data import NAMES, RECORDS, N, folder_of_pictures, good
 from bad_files import FILES, pairs, table, text_of
 from datasets import Dataset, Video
 

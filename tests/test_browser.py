@@ -7,8 +7,17 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from browser import Notebook, chromium, expect, jupyterlab, no_process_left, photographed
-from browser import RAN, SECONDS, TRACEBACK
+from browser import (
+    RAN,
+    SECONDS,
+    TRACEBACK,
+    Notebook,
+    chromium,
+    expect,
+    jupyterlab,
+    no_process_left,
+    photographed,
+)
 from conftest import REPO
 
 EXERCISE, CHAPTER = "07_advantages.ipynb", "01b_judge.ipynb"

@@ -7,8 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import SCENE
-from small_models import PAID, SMALL_LORA, close, experience, log_ratio, loss_of, push
-from small_models import rand, rescaled, right_mask, scores_of, shake, with_settings
+from small_models import (
+    PAID,
+    SMALL_LORA,
+    close,
+    experience,
+    log_ratio,
+    loss_of,
+    push,
+    rand,
+    rescaled,
+    right_mask,
+    scores_of,
+    shake,
+    with_settings,
+)
 from torch import nn
 from torch.testing import assert_close
 

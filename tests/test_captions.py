@@ -7,8 +7,15 @@ import pytest
 from conftest import SCENE
 
 from vlmrlhf_course.data.prompts import open_image
-from vlmrlhf_course.world.scenes import NUMBERS, WorldConfig, careless, imagine, make_prompt
-from vlmrlhf_course.world.scenes import parse_scene, sample_scenes
+from vlmrlhf_course.world.scenes import (
+    NUMBERS,
+    WorldConfig,
+    careless,
+    imagine,
+    make_prompt,
+    parse_scene,
+    sample_scenes,
+)
 from vlmrlhf_course.world.source import false_words
 
 FAULTS = ("omit", "signature", "invent", "wrong_colour", "wrong_size", "wrong_relation")

@@ -15,9 +15,15 @@ from conftest import REPO
 
 from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.classroom import check as check_module
-from vlmrlhf_course.classroom.check import CheckFailed, check, hint, note, overview
-from vlmrlhf_course.classroom.check import progress
-from vlmrlhf_course.classroom.check import statements
+from vlmrlhf_course.classroom.check import (
+    CheckFailed,
+    check,
+    hint,
+    note,
+    overview,
+    progress,
+    statements,
+)
 from vlmrlhf_course.classroom.compare import difference
 from vlmrlhf_course.classroom.items import exercise_of, mistakes_of, with_mistake
 from vlmrlhf_course.classroom.outcome import LATE, outcome

@@ -8,8 +8,7 @@ from conftest import REPO
 from test_check import own_progress, refused  # noqa: F401  (a fixture)
 
 from vlmrlhf_course.base.settings import UserError
-from vlmrlhf_course.classroom.check import case, hint, note, overview
-from vlmrlhf_course.classroom.check import statements
+from vlmrlhf_course.classroom.check import case, hint, note, overview, statements
 from vlmrlhf_course.classroom.compare import difference
 from vlmrlhf_course.classroom.items import CASES, exercise_of, mistakes_of, with_mistake
 from vlmrlhf_course.rl.advantages import whiten

@@ -6,10 +6,25 @@ from dataclasses import replace
 
 import pytest
 
-from vlmrlhf_course.scale.cluster import LAYOUTS, Load, compare_layouts, expected_longest, fits
-from vlmrlhf_course.scale.cluster import forward_flops, gather_seconds, in_layout, cluster_iteration
-from vlmrlhf_course.scale.cluster import lost_share, reduce_seconds, ring_seconds, slowest_link
-from vlmrlhf_course.scale.cluster import token_seconds, update_flops, young, young_daly
+from vlmrlhf_course.scale.cluster import (
+    LAYOUTS,
+    Load,
+    cluster_iteration,
+    compare_layouts,
+    expected_longest,
+    fits,
+    forward_flops,
+    gather_seconds,
+    in_layout,
+    lost_share,
+    reduce_seconds,
+    ring_seconds,
+    slowest_link,
+    token_seconds,
+    update_flops,
+    young,
+    young_daly,
+)
 from vlmrlhf_course.scale.launching import PlanConfig, Rates
 from vlmrlhf_course.scale.planner import GB, learned_weights
 from vlmrlhf_course.scale.shapes import weights

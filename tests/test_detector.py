@@ -17,9 +17,18 @@ from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.base.stages import before
 from vlmrlhf_course.data.prompts import Prompt
 from vlmrlhf_course.pipeline import obtain, with_source
-from vlmrlhf_course.world.detector import CLASSES, Detector, DetectorTask, SeenBy, UNASKED
-from vlmrlhf_course.world.detector import claims_of, detect, labelled, labels_of
-from vlmrlhf_course.world.detector import precision_recall
+from vlmrlhf_course.world.detector import (
+    CLASSES,
+    UNASKED,
+    Detector,
+    DetectorTask,
+    SeenBy,
+    claims_of,
+    detect,
+    labelled,
+    labels_of,
+    precision_recall,
+)
 from vlmrlhf_course.world.pretrain import pretrained_vlm
 from vlmrlhf_course.world.scenes import PLACES, sample_scene, sample_scenes, scene_of
 from vlmrlhf_course.world.source import DrawnWorld, detail_prompts

@@ -12,8 +12,16 @@ from conftest import REPO
 
 from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.classroom.course import load_course, statements
-from vlmrlhf_course.classroom.editions import Chapter, build, code_cell, edition, editions
-from vlmrlhf_course.classroom.editions import leaks, notebook_text, text_cell
+from vlmrlhf_course.classroom.editions import (
+    Chapter,
+    build,
+    code_cell,
+    edition,
+    editions,
+    leaks,
+    notebook_text,
+    text_cell,
+)
 from vlmrlhf_course.classroom.items import EXERCISES, equivalents_of, mistakes_of
 from vlmrlhf_course.classroom.needs import names_needed
 from vlmrlhf_course.classroom.points import nbgraded

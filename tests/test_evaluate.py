@@ -10,17 +10,30 @@ from conftest import SCENE
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlmrlhf_course import pipeline  # noqa: F401  (fills the table of stages)
 from vlmrlhf_course.base.config import arms_layer
 from vlmrlhf_course.base.runs import Run
 from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.data.prompts import Prompt
 from vlmrlhf_course.model.vlm import answer, token_logprobs
-from vlmrlhf_course import pipeline  # noqa: F401  (fills the table of stages)
-from vlmrlhf_course.report.evaluate import EvaluateConfig, Policies, bootstrap_interval
-from vlmrlhf_course.report.evaluate import figures, quiz, quiz_figures
-from vlmrlhf_course.report.evaluate import speak_greedily, wins
-from vlmrlhf_course.report.page import COLUMNS, Findings, over_optimisation_figure, report_html
-from vlmrlhf_course.report.page import row_names, text_table
+from vlmrlhf_course.report.evaluate import (
+    EvaluateConfig,
+    Policies,
+    bootstrap_interval,
+    figures,
+    quiz,
+    quiz_figures,
+    speak_greedily,
+    wins,
+)
+from vlmrlhf_course.report.page import (
+    COLUMNS,
+    Findings,
+    over_optimisation_figure,
+    report_html,
+    row_names,
+    text_table,
+)
 from vlmrlhf_course.report.record import budget, curve, training_curves
 from vlmrlhf_course.train.reward import score_texts
 from vlmrlhf_course.world.rubric import true_score

@@ -3,7 +3,8 @@
 import itertools
 
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from small_models import rand, seeds
 from torch.testing import assert_close
 

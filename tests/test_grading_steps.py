@@ -23,8 +23,14 @@ from vlmrlhf_course.classroom.outcome import Outcome
 from vlmrlhf_course.grading import child, feedback, grade, sandbox, similar
 from vlmrlhf_course.grading.child import ENDED, TOO_LONG, TOO_MUCH, function_in, work
 from vlmrlhf_course.grading.grade import BadNotebook, mark_of, seed_for, sources_in, without_numbers
-from vlmrlhf_course.grading.gradebook import collected, grade_one, mark_in_peace, seed_in, totals
-from vlmrlhf_course.grading.gradebook import write_tables
+from vlmrlhf_course.grading.gradebook import (
+    collected,
+    grade_one,
+    mark_in_peace,
+    seed_in,
+    totals,
+    write_tables,
+)
 from vlmrlhf_course.grading.jail import Limits
 from vlmrlhf_course.grading.kit import asked
 from vlmrlhf_course.grading.mail import Submission, submissions_in

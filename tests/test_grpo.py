@@ -10,9 +10,16 @@ import torch
 from small_models import mask, rand, slope
 from torch.testing import assert_close
 
-from vlmrlhf_course.rl.grpo import LENGTHS, GRPOConfig, RLOOConfig, group_advantages, grpo_loss
-from vlmrlhf_course.rl.grpo import per_length, rloo_advantages, rloo_loss
-
+from vlmrlhf_course.rl.grpo import (
+    LENGTHS,
+    GRPOConfig,
+    RLOOConfig,
+    group_advantages,
+    grpo_loss,
+    per_length,
+    rloo_advantages,
+    rloo_loss,
+)
 
 # --- advantages -----------------------------------------------------------------------------------
 

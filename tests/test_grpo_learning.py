@@ -11,8 +11,16 @@ from torch.testing import assert_close
 from vlmrlhf_course.model.roles import LoRAConfig
 from vlmrlhf_course.rl import rewards
 from vlmrlhf_course.rl.algorithm import Reading, read_answers
-from vlmrlhf_course.rl.grpo import GRPO, LENGTHS, RLOO, GRPOConfig, RLOOConfig
-from vlmrlhf_course.rl.grpo import group_advantages, rloo_advantages, rloo_loss
+from vlmrlhf_course.rl.grpo import (
+    GRPO,
+    LENGTHS,
+    RLOO,
+    GRPOConfig,
+    RLOOConfig,
+    group_advantages,
+    rloo_advantages,
+    rloo_loss,
+)
 from vlmrlhf_course.rl.kl import kl_estimate
 from vlmrlhf_course.rl.loop import Learner, collect, iteration, update
 from vlmrlhf_course.rl.rewards import Judges, Scores

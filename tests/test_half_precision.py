@@ -4,14 +4,23 @@ policy that samples is the policy that is trained."""
 import pytest
 import torch
 from peft import PeftModel
-from report_models import ANSWERS, COPY, DEVICE, LORA, full, make, shake
-from report_models import prompts  # noqa: F401 (fixture)
+from report_models import (
+    ANSWERS,
+    COPY,
+    DEVICE,
+    LORA,
+    full,
+    make,
+    prompts,  # noqa: F401 (fixture)
+    shake,
+)
 from small_models import experience_of, loss_of
 from torch.testing import assert_close
+from vlmrlhf_course.model.groups import make_optimizer
 
 from vlmrlhf_course.model.export import plain_model, save_adapter
 from vlmrlhf_course.model.family import FAMILIES
-from vlmrlhf_course.model.roles import Role, make_optimizer, merged
+from vlmrlhf_course.model.roles import Role, merged
 from vlmrlhf_course.model.vlm import VLM, answer, load_vlm, save_vlm, token_logprobs
 from vlmrlhf_course.rl.grpo import GRPO, GRPOConfig
 from vlmrlhf_course.rl.ppo import PPO, PPOConfig

@@ -5,10 +5,8 @@ from dataclasses import replace
 import pytest
 from conftest import FAULTY, SCENE
 
-from vlmrlhf_course.rl.penalty import PenaltyConfig, SCHEDULED
-from vlmrlhf_course.world.hallucination import hallucinations
-from vlmrlhf_course.world.hallucination import overall_rate, pope_questions
-from vlmrlhf_course.rl.penalty import penalty, severity
+from vlmrlhf_course.rl.penalty import SCHEDULED, PenaltyConfig, penalty, severity
+from vlmrlhf_course.world.hallucination import hallucinations, overall_rate, pope_questions
 from vlmrlhf_course.world.judge import judge
 from vlmrlhf_course.world.scenes import NOUNS, PLACES, describe, sample_scenes, scene_of
 

@@ -6,8 +6,8 @@ import itertools
 import pytest
 
 from vlmrlhf_course.classroom.check import kill, same_outcome
-from vlmrlhf_course.classroom.outcome import outcome
 from vlmrlhf_course.classroom.items import mistakes_of, with_mistake
+from vlmrlhf_course.classroom.outcome import outcome
 from vlmrlhf_course.classroom.register import EXERCISES
 
 

@@ -9,8 +9,13 @@ from small_models import rand, seeds
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
-from vlmrlhf_course.rl.kl import AdaptiveController, ProportionalController, full_kl
-from vlmrlhf_course.rl.kl import kl_by_grounding, kl_estimate
+from vlmrlhf_course.rl.kl import (
+    AdaptiveController,
+    ProportionalController,
+    full_kl,
+    kl_by_grounding,
+    kl_estimate,
+)
 
 
 class TestKL:

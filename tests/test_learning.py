@@ -4,14 +4,25 @@ import copy
 
 import pytest
 import torch
-from small_models import SMALL, SMALL_LORA, experience_of, logprobs, loss_of, push, scores_of
-from small_models import reward_model, shake, values, with_settings
+from small_models import (
+    SMALL,
+    SMALL_LORA,
+    experience_of,
+    logprobs,
+    loss_of,
+    push,
+    reward_model,
+    scores_of,
+    shake,
+    values,
+    with_settings,
+)
 from torch.testing import assert_close
+from vlmrlhf_course.model.groups import ParamGroup, clip_groups
 
 from vlmrlhf_course.base.launch import make_accelerator
 from vlmrlhf_course.base.records import read_jsonl
 from vlmrlhf_course.data.pairs import group_pairs
-from vlmrlhf_course.model.roles import ParamGroup, clip_groups
 from vlmrlhf_course.model.vlm import VLM, token_logprobs
 from vlmrlhf_course.rl.kl import full_kl
 from vlmrlhf_course.rl.loop import Learner, train

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from small_models import rand, right_mask, seeds
 from torch.autograd import gradcheck
 from torch.testing import assert_close

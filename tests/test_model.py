@@ -12,8 +12,8 @@ from vlmrlhf_course.data.prompts import open_image
 from vlmrlhf_course.model.vlm import VLM, answer, load_vlm, save_vlm, token_logprobs
 from vlmrlhf_course.rl.kl import grounded_mask
 from vlmrlhf_course.rl.rollout import sample
-from vlmrlhf_course.world.pretrain import pretrained_vlm
 from vlmrlhf_course.world.llava import build_model, build_processor
+from vlmrlhf_course.world.pretrain import pretrained_vlm
 
 
 @pytest.fixture(scope="module")

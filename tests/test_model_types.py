@@ -16,8 +16,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.data.prompts import Prompt
-from vlmrlhf_course.model.family import FAMILIES, family_of
 from vlmrlhf_course.model.families.general import refusal
+from vlmrlhf_course.model.family import FAMILIES, family_of
 from vlmrlhf_course.model.vlm import VLM
 
 logging.getLogger("transformers").setLevel(logging.ERROR)

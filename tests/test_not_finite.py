@@ -15,7 +15,8 @@ from vlmrlhf_course.model.vlm import VLM
 from vlmrlhf_course.report import evaluate as evaluate_module
 from vlmrlhf_course.report.page import Findings, before_after_figure, html_card, picture_of
 from vlmrlhf_course.report.record import curve
-from vlmrlhf_course.rl import rollout, state as state_of_a_run
+from vlmrlhf_course.rl import rollout
+from vlmrlhf_course.rl import state as state_of_a_run
 from vlmrlhf_course.rl.loop import train
 from vlmrlhf_course.rl.state import RECOVERY
 from vlmrlhf_course.world.llava import build_model, build_processor

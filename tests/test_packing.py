@@ -16,8 +16,14 @@ from vlmrlhf_course.data.pairs import group_pairs
 from vlmrlhf_course.data.prompts import Prompt
 from vlmrlhf_course.model.batch import pad_sides
 from vlmrlhf_course.model.family import FAMILIES
-from vlmrlhf_course.model.packing import distinct, layout, pack, packing_size, same_prompts
-from vlmrlhf_course.model.packing import who_sees
+from vlmrlhf_course.model.packing import (
+    distinct,
+    layout,
+    pack,
+    packing_size,
+    same_prompts,
+    who_sees,
+)
 from vlmrlhf_course.model.vlm import VLM
 from vlmrlhf_course.rl.rollout import sample
 from vlmrlhf_course.train.dpo import DPOConfig, DPOTask

@@ -16,7 +16,8 @@ from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.cli import main
 from vlmrlhf_course.model.roles import LoRAConfig
 from vlmrlhf_course.model.vlm import VLM
-from vlmrlhf_course.rl import loop, ppo, state as state_of_a_run
+from vlmrlhf_course.rl import loop, ppo
+from vlmrlhf_course.rl import state as state_of_a_run
 from vlmrlhf_course.rl.algorithm import phase
 from vlmrlhf_course.rl.ppo import PPO, PPOConfig
 from vlmrlhf_course.rl.rollout import answer_figures, sample

@@ -5,13 +5,22 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vlmrlhf_course.data import preferences
 from vlmrlhf_course.data.pairs import text_fault
-from vlmrlhf_course.data.preferences import balance, dedupe, length_bias, most_diverse
-from vlmrlhf_course.data.preferences import PreferencesConfig, pairwise_votes, ranked_pairs
-from vlmrlhf_course.data.preferences import ranking_pairs, similarity
+from vlmrlhf_course.data.preferences import (
+    PreferencesConfig,
+    balance,
+    dedupe,
+    length_bias,
+    most_diverse,
+    pairwise_votes,
+    ranked_pairs,
+    ranking_pairs,
+    similarity,
+)
 from vlmrlhf_course.data.prompts import Prompt
 from vlmrlhf_course.world.source import DrawnWorld
 

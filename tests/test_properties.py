@@ -6,9 +6,24 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import FAULTY, SCENE
-from hypothesis import given, settings, strategies as st
-from small_models import PAID, SMALL, SMALL_LORA, close, experience, rand, rescaled, right_mask
-from small_models import scores_of, seeds, shake, small_ppo, spread_out, values
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import (
+    PAID,
+    SMALL,
+    SMALL_LORA,
+    close,
+    experience,
+    rand,
+    rescaled,
+    right_mask,
+    scores_of,
+    seeds,
+    shake,
+    small_ppo,
+    spread_out,
+    values,
+)
 from torch.testing import assert_close
 
 from vlmrlhf_course.base.records import read_jsonl

@@ -3,7 +3,7 @@ there is that record's fault, by file and line. Tokens that are not ours; length
 
 import pytest
 import torch
-from report_models import LORA, make, pair, prompts, picture, read, refused, shake  # noqa: F401
+from report_models import LORA, make, pair, picture, prompts, read, refused, shake  # noqa: F401
 from torch.testing import assert_close
 
 from vlmrlhf_course.data.pairs import check_given, load_pairs

@@ -16,8 +16,8 @@ from report_models import LORA, make, pair, picture, prompts, read, refused  # n
 from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.data.pairs import check_given
 from vlmrlhf_course.data.prompts import (
-    Opener,
     OPENERS,
+    Opener,
     Prompt,
     open_image,
     picture_size,

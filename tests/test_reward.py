@@ -6,7 +6,8 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from small_models import rand, right_mask, seeds
 from torch import nn
 from torch.testing import assert_close
@@ -15,8 +16,13 @@ from vlmrlhf_course.train.checks import diagnose, segment_scores
 from vlmrlhf_course.train.dpo import DPOConfig, train_dpo
 from vlmrlhf_course.train.fit import EarlyStopping, FitConfig, early_stop, in_epochs
 from vlmrlhf_course.train.parts import composite_weights, consistency, gated_score
-from vlmrlhf_course.train.reward import RewardConfig, ScoreHead, last_real
-from vlmrlhf_course.train.reward import swap_pictures, train_reward
+from vlmrlhf_course.train.reward import (
+    RewardConfig,
+    ScoreHead,
+    last_real,
+    swap_pictures,
+    train_reward,
+)
 
 
 def test_last_real():

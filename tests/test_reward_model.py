@@ -13,8 +13,14 @@ from vlmrlhf_course.data.prompts import Prompt
 from vlmrlhf_course.model.roles import LoRAConfig
 from vlmrlhf_course.train import reward
 from vlmrlhf_course.train.fit import EarlyStopping, FitConfig, early_stop
-from vlmrlhf_course.train.reward import RewardConfig, RewardModel, agreement, pair_accuracy
-from vlmrlhf_course.train.reward import score_texts, train_reward
+from vlmrlhf_course.train.reward import (
+    RewardConfig,
+    RewardModel,
+    agreement,
+    pair_accuracy,
+    score_texts,
+    train_reward,
+)
 
 
 def test_reward_by_definition(rm, vlm, full):

@@ -12,13 +12,28 @@ import pytest
 from commands import tree
 
 from vlmrlhf_course.base import files
-from vlmrlhf_course.base.config import MIXTURES, arms_layer, build_config, load_layers
-from vlmrlhf_course.base.config import recorded, scales
+from vlmrlhf_course.base.config import (
+    MIXTURES,
+    arms_layer,
+    build_config,
+    load_layers,
+    recorded,
+    scales,
+)
 from vlmrlhf_course.base.folders import lock, unlock
 from vlmrlhf_course.base.runs import META, Run, cached_run
 from vlmrlhf_course.base.settings import Settings, UserError, load_settings, nearest
-from vlmrlhf_course.base.stages import MEANS, SOURCES, STAGES, before, config_of, kind_of
-from vlmrlhf_course.base.stages import label_of, stage_names, uses_of
+from vlmrlhf_course.base.stages import (
+    MEANS,
+    SOURCES,
+    STAGES,
+    before,
+    config_of,
+    kind_of,
+    label_of,
+    stage_names,
+    uses_of,
+)
 from vlmrlhf_course.pipeline import course_run
 from vlmrlhf_course.world.scenes import WorldConfig
 

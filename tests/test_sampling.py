@@ -5,14 +5,21 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from small_models import SMALL_LORA, close, push, seeds, shake
 
 from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.data.prompts import Prompt
 from vlmrlhf_course.model.vlm import answer, token_logprobs
-from vlmrlhf_course.rl.rollout import length_groups, padding_share, plan_prompts, sample, texts
-from vlmrlhf_course.rl.rollout import with_answers
+from vlmrlhf_course.rl.rollout import (
+    length_groups,
+    padding_share,
+    plan_prompts,
+    sample,
+    texts,
+    with_answers,
+)
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.integers(1, 6))

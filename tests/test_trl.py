@@ -33,12 +33,12 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.utils import add_fused_lm_head, entropy_from_logits, pad, selective_log_softmax
 
+from vlmrlhf_course.model.batch import pad_sides
+from vlmrlhf_course.model.roles import LoRAConfig
+from vlmrlhf_course.model.vlm import masked_mean, token_logprobs
 from vlmrlhf_course.rl.kl import full_kl, kl_estimate
 from vlmrlhf_course.rl.ppo import ppo_policy_loss
 from vlmrlhf_course.train.reward import ScoreHead, bt_loss, last_real
-from vlmrlhf_course.model.roles import LoRAConfig
-from vlmrlhf_course.model.vlm import masked_mean, token_logprobs
-from vlmrlhf_course.model.batch import pad_sides
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

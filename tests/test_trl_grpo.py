@@ -30,8 +30,7 @@ from trl.trainer import grpo_trainer, rloo_trainer
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 
-from vlmrlhf_course.rl.grpo import group_advantages, grpo_loss, rloo_advantages, rloo_loss
-from vlmrlhf_course.rl.grpo import whole_kl
+from vlmrlhf_course.rl.grpo import group_advantages, grpo_loss, rloo_advantages, rloo_loss, whole_kl
 
 MOST = 9  # longest answer that is possible
 OURS = dict(grpo="answer", bnpo="tokens", dr_grpo="constant")  # their loss_type → our length

@@ -4,15 +4,25 @@ import random
 
 import pytest
 from conftest import FAULTY, SCENE
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from small_models import seeds
 
 from vlmrlhf_course.data.prompts import KINDS
 from vlmrlhf_course.world.hallucination import hallucinations
 from vlmrlhf_course.world.judge import judge, summarise
 from vlmrlhf_course.world.rubric import true_score, unsafe_claims
-from vlmrlhf_course.world.scenes import RESERVED, careless, describe, imagine, make_prompt
-from vlmrlhf_course.world.scenes import parse_scene, sample_scene, sample_scenes, split_of
+from vlmrlhf_course.world.scenes import (
+    RESERVED,
+    careless,
+    describe,
+    imagine,
+    make_prompt,
+    parse_scene,
+    sample_scene,
+    sample_scenes,
+    split_of,
+)
 
 
 class TestUnsafeClaims:

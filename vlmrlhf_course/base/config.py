@@ -230,10 +230,10 @@ def recorded(cfg) -> dict:
     record = asdict(cfg)
     for field in fields(cfg):
         value = getattr(cfg, field.name)
-        if is_dataclass(value):
-            record[field.name] = recorded(value)
-        elif field.metadata.get("later") and value == field.default:
+        if field.metadata.get("later") and value == field.default:
             del record[field.name]
+        elif is_dataclass(value):
+            record[field.name] = recorded(value)
     return record
 
 # %% ../../nbs/94b_config.ipynb #build-2

@@ -37,6 +37,8 @@ class Pictures:
     counts: torch.Tensor  # (B,) pictures of each row
     items: torch.Tensor | None = None  # (pictures,) items of each; None: one each
     sizes: torch.Tensor | None = None  # (pictures, 2) in pixels, where the family needs them
+    refs: tuple[str, ...] = ()  # (pictures) where they are
+    seen_by: str | None = None  # whose tower wrote the features, a role's; None: the trunk's
 
     def __post_init__(self):
         self.counts = self.counts.long()
@@ -51,21 +53,23 @@ class Pictures:
         joined = torch.cat(features) if seen else None
         return cls(joined, torch.tensor(counts), items, torch.stack(sizes) if sizes else None)
 
-    @property
-    def row_items(self):
-        "(B,) items of each row."
-        rows = torch.arange(len(self.counts), device=self.counts.device)
-        owner = rows.repeat_interleave(self.counts)  # the row of each picture
-        return torch.zeros_like(self.counts).index_add(0, owner, self.items)
-
     def rows(self, index: torch.Tensor):
         "The pictures of some rows, in this order."
         seen = pick(self.counts, index)
         features = None if self.features is None else self.features[pick(self.items, seen)]
         sizes = None if self.sizes is None else self.sizes[seen]
-        return Pictures(features, self.counts[index], self.items[seen], sizes)
+        refs = tuple(self.refs[i] for i in seen.tolist()) if self.refs else ()
+        return Pictures(features, self.counts[index], self.items[seen], sizes, refs, self.seen_by)
 
     to = to_device
+
+# %% ../../nbs/02b_batch.ipynb #pictures-items
+@patch(as_prop=True)
+def row_items(self: Pictures):
+    "(B,) items of each row."
+    rows = torch.arange(len(self.counts), device=self.counts.device)
+    owner = rows.repeat_interleave(self.counts)  # the row of each picture
+    return torch.zeros_like(self.counts).index_add(0, owner, self.items)
 
 # %% ../../nbs/02b_batch.ipynb #helpers
 def stack_positions(

@@ -47,7 +47,7 @@ class VLM(Roles):
         self.limits = Limits()  # of memory: appendix Z
         self.sampler = None  # who draws a run's answers; None: our own loop (appendix Z)
         self.encoded = 0  # pictures that have passed the tower
-        self._features, self._prompts, self._stamp = FeatureCache(), {}, None
+        self._features, self._prompts, self._stamps = FeatureCache(), {}, {}
         self._empty = {}  # what is known of pictures' sizes: see `empty_pictures`
 
     device = property(lambda self: self.model.get_input_embeddings().weight.device)
@@ -57,11 +57,6 @@ class VLM(Roles):
     tower = property(lambda self: self.family.part(self.model, "tower"))
     projector = property(lambda self: self.family.part(self.model, "projector"))
     language = property(lambda self: self.family.part(self.model, "language"))
-
-    @property
-    def tower_trains(self) -> bool:
-        "Does any weight of the vision tower require gradients?"
-        return any(p.requires_grad for p in self.family.tower_parameters(self.model))
 
     @property
     def banned_ids(self) -> list[int]:
@@ -143,20 +138,21 @@ def picture_features(
     self: VLM,
     images: list[str],  # picture references, see `open_image`
     chunk: int = 128,  # pictures encoded at once, where all have one size
+    role: str | None = None,  # who looks, where it has weights in the tower (appendix Z)
 ) -> list[Seen]:
     """What the projector reads of each picture, and its size where the family needs that.
 
     Each different picture (`picture_key`) passes the tower once while the tower is frozen;
     gradients reach one that trains."""
-    # Sums of weights: a fused optimizer leaves version counters as they are, and weights that are
-    # loaded leave `requires_grad` as it is.
-    sums = [p.detach().sum(dtype=torch.float32) for p in self.family.tower_parameters(self.model)]
-    stamp, trains = torch.stack(sums).tolist(), self.tower_trains
-    if stamp != self._stamp or trains:
-        self._features.clear()
-    self._stamp = stamp
+    # Sums: a fused optimizer leaves version counters alone, and loading leaves `requires_grad`.
+    weights = self.seen_through(role)
+    sums = [p.detach().sum(dtype=torch.float32) for p in weights]
+    stamp, trains = torch.stack(sums).tolist(), any(p.requires_grad for p in weights)
+    if stamp != self._stamps.get(role) or trains:
+        self.forget(role)
+    self._stamps[role] = stamp
     kept = {} if trains else self._features
-    keys = {ref: picture_key(ref) for ref in images}
+    keys = {ref: (role, picture_key(ref)) for ref in images}
     known = {key: kept[key].to(self.device) for key in keys.values() if key in kept}
     new = [ref for ref in keys if keys[ref] not in known]
     step = self.limits.most(chunk) if self.family.uniform else 1
@@ -164,7 +160,7 @@ def picture_features(
         for start in range(0, len(new), step):
             refs = new[start : start + step]
             pictures = [open_image(ref, self.side) for ref in refs]
-            with passing(self, self.tower):
+            with passing(self, self.tower, role):
                 seen = self.family.read_pictures(self.model, self.processor, pictures)
             for ref, parts in zip(refs, seen):
                 known[keys[ref]] = kept[keys[ref]] = Seen(*parts)
@@ -233,6 +229,7 @@ def batch(
     return replace(
         rows,
         positions=stack_positions(at, list(map(len, questions))),
+        pictures=replace(pictures, refs=sum(shown, ())),
         question_of=same_prompts([(p.text, refs) for p, refs in zip(prompts, shown)]),
     ).to(self.device)
 
@@ -243,7 +240,7 @@ def embed(self: VLM, batch: Batch, role: str | None = None) -> torch.Tensor:  # 
 
     Raises ValueError where placeholders and features do not match, or where the tower trains and
     the batch's features carry no gradient."""
-    at = batch.input_ids == self.image_token_id
+    batch, at = self.as_seen(batch, role), batch.input_ids == self.image_token_id
     with self.computing():
         embeds = self.parts(role)[0].get_input_embeddings()(batch.input_ids)
     if batch.features is None or not len(batch.features):
@@ -273,6 +270,7 @@ def hidden(
     "Last hidden states of the language model, acting in a role."
     if self.family.whole:  # pixels go in with the tokens (appendix D)
         return self.family.states(self, batch, role)
+    batch = self.as_seen(batch, role)
     embeds, mask = self.embed(batch, role), batch.attends
     if mask is None:
         mask = self.family.attention(self.model, embeds, batch, cache)
@@ -391,6 +389,7 @@ def answer(
         torch.manual_seed(seed)
         for i in range(0, len(prompts), chunk):
             b = vlm.batch(prompts[i : i + chunk], images=images and images[i : i + chunk])
+            b = vlm.as_seen(b, role)
             ids = vlm.family.generate(vlm.model, vlm.embed(b, role), b, **how)
             out += vlm.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return out

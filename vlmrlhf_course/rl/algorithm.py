@@ -17,7 +17,9 @@ from ..base.settings import nearest
 from ..data.prompts import KINDS, Prompt
 from ..model.batch import Batch
 from ..model.memory import of_tokens
-from ..model.roles import LoRAConfig, ParamGroup, merged
+from ..model.groups import ParamGroup
+from ..model.roles import LoRAConfig, merged
+from ..model.vision import ByModality, by_modality
 from ..model.vlm import token_logprobs
 from .kl import CONTROLLERS, full_kl
 from .penalty import PenaltyConfig
@@ -32,7 +34,7 @@ def usual_questions() -> dict[str, float]:
 
 # %% ../../nbs/09c_algorithm.ipynb #config
 @dataclass(frozen=True)
-class RLConfig:
+class RLConfig(ByModality):
     "One run of any algorithm. KL is in nats per answer."
 
     reward: dict[str, float] = field(default_factory=lambda: dict(rm=1.0))  # see chapter 9b
@@ -212,7 +214,8 @@ class Algorithm(nn.Module):
 
     def groups(self) -> list[ParamGroup]:
         "Trained weights: peak rate and schedule of each. (A role's own default is constant.)"
-        return [self.actor.group(self.cfg.actor_lr, lambda step: phase(step, self.cfg)[1])]
+        own = self.actor.group(self.cfg.actor_lr, lambda step: phase(step, self.cfg)[1])
+        return by_modality(self.vlm, [own], self.cfg.modality)
 
 # %% ../../nbs/09c_algorithm.ipynb #algorithm-task
 @patch

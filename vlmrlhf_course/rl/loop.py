@@ -24,7 +24,8 @@ from ..base.records import digest_of
 from ..base.settings import UserError, notice
 from ..base.stages import Stage, Task, config_of
 from ..data.prompts import Prompt
-from ..model.roles import ParamGroup, clip_groups, make_optimizer, set_rates
+from ..model.groups import ParamGroup, clip_groups, make_optimizer, set_rates
+from ..model.groups import part_norms
 from ..model.vlm import Speaker
 from .algorithm import Algorithm, Experience, RLConfig, Reading, phase
 from .algorithm import read_answers
@@ -157,6 +158,7 @@ def update(learner: Learner, exp: Experience, rows: list[int], step: int) -> dic
     cfg, accelerator = learner.algorithm.cfg, learner.accelerator
     items = [(exp, row) for row in rows]
     loss, metrics = backward_through(learner.task, items, cfg.at_once, accelerator, shard=False)
+    metrics |= part_norms(learner.groups)
     norm = clip_groups(accelerator, learner.groups, cfg.grad_clip)
     taken = learner.guard(step, loss, norm)
     if taken:

@@ -13,7 +13,8 @@ from torch import nn
 from ..base.config import check_choices, check_ranges
 from ..base.stages import STAGES
 from ..model.batch import Batch
-from ..model.roles import ParamGroup, Role
+from ..model.groups import ParamGroup
+from ..model.roles import Role
 from ..model.vlm import masked_mean
 from .advantages import ValueHead, gae, potential_shaping, token_rewards, whiten
 from .algorithm import Algorithm, Experience, RLConfig, Reading

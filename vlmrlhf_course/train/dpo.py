@@ -18,8 +18,9 @@ from ..data.pairs import group_pairs
 from ..model.batch import Batch
 from ..model.memory import of_tokens
 from ..model.roles import LoRAConfig
+from ..model.vision import ByModality, by_modality
 from ..model.vlm import Speaker, VLM, token_logprobs
-from .fit import FitConfig, fit, in_epochs
+from .fit import FitConfig, fit, in_epochs, learning
 from .reward import pair_batch, pair_tensors
 
 # %% ../../nbs/12_dpo.ipynb #loss
@@ -48,7 +49,7 @@ def dpo_loss(
 
 # %% ../../nbs/12_dpo.ipynb #task
 @dataclass(frozen=True)
-class DPOConfig:
+class DPOConfig(ByModality):
     "One DPO run. `batch` of `fit` counts prompts; all pairs of a prompt come along."
 
     beta: float = 0.3
@@ -104,7 +105,8 @@ def train_dpo(
     steps = max(1, round(cfg.epochs * len(groups) / size))
     items_at = in_epochs(groups, size, f"dpo/{seed}")
     how = replace(cfg.fit, steps=steps)
-    fit(task, items_at, how, folder, "DPO", clear=False, seed=seed, of=of)
+    own = by_modality(task.vlm, [learning(task, how)], cfg.modality)
+    fit(task, items_at, how, folder, "DPO", clear=False, seed=seed, of=of, groups=own)
 
 # %% ../../nbs/12_dpo.ipynb #stage-2
 def build_dpo(task: Task) -> DPOTask:

@@ -23,7 +23,8 @@ from ..base.config import check_ranges
 from ..base.launch import make_accelerator
 from ..base.metrics import MetricLog, StepGuard, drawing, of_all, progress, seed_of
 from ..base.settings import UserError
-from ..model.roles import ParamGroup, clip_groups, make_optimizer, set_rates
+from ..model.groups import ParamGroup, clip_groups, make_optimizer, set_rates
+from ..model.groups import resting
 
 # %% ../../nbs/03_fit.ipynb #lr
 def warmup_cosine(
@@ -136,13 +137,14 @@ def fit(
 
     for step in progress(range(start, cfg.steps), f"training: {text}", "step"):
         set_rates(optimizer, groups, step)
-        with drawing(seed_of(seed, text, step, accelerator.process_index), accelerator.device):
+        drawn = seed_of(seed, text, step, accelerator.process_index)
+        with drawing(drawn, accelerator.device), resting(groups, step) as norms:
             loss, metrics = backward_through(ready, items_at(step), cfg.micro_batch, accelerator)
         norm = clip_groups(accelerator, groups, cfg.clip)
         if guard(step, loss, norm):
             optimizer.step()
         optimizer.zero_grad()
-        metrics |= dict(lr=optimizer.param_groups[0]["lr"], skipped=guard.skipped)
+        metrics |= norms | dict(lr=optimizer.param_groups[0]["lr"], skipped=guard.skipped)
         log(step, loss=loss, grad_norm=norm, **of_all(accelerator, metrics))
         if stop and stop(step + 1):
             break

@@ -18,8 +18,8 @@ from ..base.config import build_config
 from ..base.folders import read_record
 from ..base.settings import UserError, home, notice, read_text
 from ..base.stages import Task
-from ..model.export import where_language_is
 from ..model.quantised import stored_as
+from ..model.export import in_model
 from .reward import RewardConfig, RewardModel
 
 # %% ../../nbs/99o_given.ipynb #d01a5ec8
@@ -80,9 +80,9 @@ def given_weights(path: Path, rm: RewardModel) -> dict[str, torch.Tensor]:
     "Adapter (or copy), head and scale, by the names that `RewardModel.state` gives them."
     if not exported(path):
         return load_tensors(path / REWARD)
-    start = f"base_model.model.{where_language_is(rm.vlm)}."
     adapter = load_tensors(path / ADAPTER)
-    return load_tensors(path / HEAD) | {k.removeprefix(start): x for k, x in adapter.items()}
+    ours = {f"base_model.model.{in_model(rm.vlm, p)}": p for p in rm.role.weights()}
+    return load_tensors(path / HEAD) | {ours.get(k, k): x for k, x in adapter.items()}
 
 
 def check_packing(path: Path, asked: str, stored: str):

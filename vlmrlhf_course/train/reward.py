@@ -21,8 +21,9 @@ from ..data.pairs import group_pairs
 from ..data.prompts import Prompt
 from ..model.batch import Batch
 from ..model.roles import LoRAConfig
+from ..model.vision import ByModality, by_modality
 from ..model.vlm import VLM
-from .fit import EarlyStopping, FitConfig, fit, in_epochs
+from .fit import EarlyStopping, FitConfig, fit, in_epochs, learning
 
 # %% ../../nbs/05_reward.ipynb #pool
 def last_real(
@@ -118,7 +119,7 @@ def bt_loss(
 
 # %% ../../nbs/05_reward.ipynb #model
 @dataclass(frozen=True)
-class RewardConfig:
+class RewardConfig(ByModality):
     """Adapter, head, loss and training of the reward model.
 
     `batch` of `fit` counts prompts; all pairs of a prompt come along."""
@@ -324,10 +325,11 @@ def train_reward(
     rm.shift.zero_()
     rm.scale.fill_(1.0)
     rm.train()
-    how = replace(cfg.fit, steps=reward_steps(cfg, len(groups)))
+    task, how = RewardTask(rm), replace(cfg.fit, steps=reward_steps(cfg, len(groups)))
     of = digest_of(["reward", seed, recorded(cfg), pairs])
     more = dict(stop=watch, clear=False, seed=seed, of=of)
-    fit(RewardTask(rm), items_at, how, folder, "reward model", **more)
+    more["groups"] = by_modality(rm.vlm, [learning(task, how)], cfg.modality)
+    fit(task, items_at, how, folder, "reward model", **more)
     if watch and watch.best:
         rm.load(watch.best)
     fix_scale(rm.eval(), pairs)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from torch import nn
 from ..base.checkpoints import clear_checkpoints
-from ..base.config import check_mixture, check_ranges
+from ..base.config import LATER, check_mixture, check_ranges
 from ..base.files import seal, sealed_as
 from ..base.records import read_jsonl
 from ..base.settings import UserError, is_main
@@ -23,7 +23,9 @@ from ..model.precision import at_least_single
 from ..model.export import save_plain
 from ..model.memory import of_tokens
 from ..model.quantised import is_quantised
-from ..model.roles import LoRAConfig, ParamGroup, Role
+from ..model.groups import ParamGroup
+from ..model.roles import LoRAConfig, Role
+from ..model.vision import ByModality, by_modality
 from ..model.vlm import VLM, load_vlm, save_vlm, token_logprobs
 from .fit import FitConfig, converged, fit, learning
 
@@ -59,7 +61,7 @@ def _usual_kinds() -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class SFTConfig:
+class SFTConfig(ByModality):
     """Both stages: a pool of `pictures`, steps and learning rates, the mixture of instructions.
 
     `tower_lr` above 0 lets the vision tower learn, too, late in stage 2."""
@@ -69,11 +71,21 @@ class SFTConfig:
     language: FitConfig = FitConfig(steps=500, lr=3e-4)
     kinds: dict[str, float] = field(default_factory=_usual_kinds)
     tower_lr: float = 0.0  # its highest rate; 0: frozen
+    # shares of stage 2 at which its last layer, and at which all of it begins to learn
+    thaw: tuple[float, float] = field(default=(0.3, 0.7), metadata=LATER)
     lora: LoRAConfig = LoRAConfig(r=0)  # of stage 2; r=0: language model and projector learn whole
 
     def __post_init__(self):
-        check_ranges(self, pictures="[1, inf)", tower_lr="[0, inf)")
+        check_ranges(self, pictures="[1, inf)", tower_lr="[0, inf)", thaw="[0, 1]")
         check_mixture(self, kinds=KINDS)
+        if self.thaw[0] > self.thaw[1]:
+            raise ValueError(
+                f"thaw={self.thaw}: the last layer comes first; give the lower one first"
+            )
+        if self.tower_lr and self.lora.tower:
+            raise ValueError(
+                "tower_lr and lora.tower: the tower learns, or adapters in it; give one"
+            )
 
 # %% ../../nbs/03b_sft.ipynb #train
 def train_sft(
@@ -138,7 +150,9 @@ def fit_part(vlm: VLM, source: Source, cfg: SFTConfig, part: Path, seed: int, of
     fitted, stage = part.with_name(f"fit-{part.name}"), getattr(cfg, part.name)
     items = source.demonstrations(cfg, seed, faithful=part.name == "projector")
     role = adapter_of(vlm, cfg, part.name)
-    groups = [role.group(stage.lr, stage.factor)] if role else sft_groups(vlm, cfg, part.name)
+    for layer in role.layers().values() if role else ():
+        layer.lora_dropout.train()
+    groups = sft_groups(vlm, cfg, part.name, role)
     more = dict(clear=False, seed=seed, of=of, groups=groups)
     fit(SFTTask(vlm, role and role.name), items, stage, fitted, f"SFT {part.name}", **more)
     for p, dtype in before:
@@ -153,23 +167,29 @@ def fit_part(vlm: VLM, source: Source, cfg: SFTConfig, part: Path, seed: int, of
 
 
 def adapter_of(vlm: VLM, cfg: SFTConfig, name: str) -> Role | None:
-    "What learns in the language model's place, where the configuration says so, and alone."
+    "What learns in the language model's and projector's place, where the configuration says so."
     if name != "language" or not cfg.lora.r:
         return None
     vlm.model.requires_grad_(False)
     return vlm.add_role("sft", cfg.lora)
 
 # %% ../../nbs/03b_sft.ipynb #train-groups
-def sft_groups(vlm: VLM, cfg: SFTConfig, name: str) -> list[ParamGroup]:
+def sft_groups(
+    vlm: VLM,
+    cfg: SFTConfig,
+    name: str,  # of the stage
+    role: Role | None = None,  # what learns in the place of projector and language model
+) -> list[ParamGroup]:
     "What a stage may change, and at which rates; the tower only where it is to thaw."
-    groups = [learning(vlm.model, getattr(cfg, name))]
+    stage = getattr(cfg, name)
+    groups = [role.group(stage.lr, stage.factor) if role else learning(vlm.model, stage)]
     if name == "language" and cfg.tower_lr:
-        groups += thawing(vlm, cfg.tower_lr, cfg.language)
+        groups += thawing(vlm, cfg.tower_lr, stage, cfg.thaw)
     for group in groups:
         for p in group.params:
             p.requires_grad_(True)
             p.data = at_least_single(p.data)
-    return groups
+    return by_modality(vlm, groups, cfg.modality) if name == "language" else groups
 
 # %% ../../nbs/03b_sft.ipynb #stage
 def make_sft(task: Task, built) -> dict:
@@ -232,13 +252,15 @@ def tower_layers(vlm: VLM) -> list[list[nn.Parameter]]:
     return found
 
 # %% ../../nbs/03b_sft.ipynb #thaw
-def thawing(vlm: VLM, peak: float, stage: FitConfig) -> list[ParamGroup]:
-    "The vision tower, layer by layer, each at rate 0 until its time has come."
+def thawing(
+    vlm: VLM, peak: float, stage: FitConfig, at: tuple[float, float] = (0.3, 0.7)
+) -> list[ParamGroup]:
+    "The vision tower, layer by layer, each at rate 0 until its time (`unfrozen_layers`) has come."
     layers = tower_layers(vlm)
 
     def schedule(from_the_end: int):  # 1: the last layer
         def factor(step):
-            n = unfrozen_layers(step / stage.steps, len(layers))
+            n = unfrozen_layers(step / stage.steps, len(layers), *at)
             return stage.factor(step) if n >= from_the_end else 0.0
 
         return factor
