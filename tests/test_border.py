@@ -9,11 +9,11 @@ import transformers as T
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from report_models import COPY, DEVICE, LORA, full, make, prompts, shake  # noqa: F401 (fixture)
 from torch.testing import assert_close
-from vlmrlhf_course.model.groups import make_optimizer
 
 from vlmrlhf_course.base.settings import UserError
 from vlmrlhf_course.model.export import plain_model
 from vlmrlhf_course.model.family import FAMILIES, tiny_model
+from vlmrlhf_course.model.groups import make_optimizer
 from vlmrlhf_course.model.roles import merged
 from vlmrlhf_course.model.vlm import VLM, answer, load_vlm, save_vlm
 from vlmrlhf_course.rl.rollout import sample, texts

@@ -8,6 +8,7 @@ from test_processes import Counting
 from torch import nn
 
 from vlmrlhf_course.base.launch import make_accelerator
+from vlmrlhf_course.base.metrics import of_all
 from vlmrlhf_course.data.pairs import text_fault
 from vlmrlhf_course.data.preferences import PreferencesConfig, sample_candidates
 from vlmrlhf_course.data.prompts import Prompt, Turn, question_of
@@ -106,3 +107,18 @@ def test_all_different_answers_are_kept_where_no_number_is_given(keep, want):
 
     (found,) = sample_candidates(ask, prompts, cfg, 0)
     assert len(found) == want and set(found) <= set(said)
+
+
+class Two:
+    "An accelerator of two processes; the other one has said 3 of everything."
+
+    num_processes, device = 2, "cpu"
+
+    def gather(self, mine):
+        return torch.cat([mine, torch.full_like(mine, 3.0)])
+
+
+def test_figures_of_all_processes():
+    "Means, and of what is a largest one the largest; counts and words are agreed on already."
+    said = dict(loss=1.0, kl_max=4.0, skipped=1, phase="main")
+    assert of_all(Two(), said) == said | dict(loss=2.0, kl_max=4.0)

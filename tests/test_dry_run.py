@@ -75,6 +75,7 @@ def test_the_line_that_starts_a_run():
     assert copies.startswith("torchrun --standalone --nproc_per_node 8 -m vlmrlhf_course.cli ppo")
     several = launch_line(LaunchConfig(8, 2), words)
     assert "--nnodes 2 --node_rank $NODE_RANK --master_addr $MASTER_ADDR" in several
+    assert "--nproc_per_node 8 " in several
     for zero in (1, 2, 3):  # what is shared out is said by the section, not by the launcher
         assert launch_line(LaunchConfig(8, 2, zero), words) == several
 
@@ -208,3 +209,14 @@ def test_plan_shows_claims_beside_figures(capsys):
 def test_plan_refuses_in_a_line(words, fault, capsys):
     assert main(["plan", *words]) == 2
     assert fault in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("zero, refused", [(2, False), (3, True)])
+def test_full_copies_are_refused_before_anything_is_read(capsys, zero, refused):
+    "SFT learns whole at any stage; it is shared out as in stage 2."
+    layers = recipe(launch=dict(gpus=8, zero=zero), reward=dict(lora=dict(r=0)))
+    words = ["reward", "--model", "7b", *OWN, "--config", layers, "--dry-run"]
+    main(words)
+    said = capsys.readouterr().err
+    assert ("launch.zero=3, reward.lora.r=0" in said) == refused
+    assert "sft.lora" not in said

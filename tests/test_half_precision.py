@@ -16,10 +16,10 @@ from report_models import (
 )
 from small_models import experience_of, loss_of
 from torch.testing import assert_close
-from vlmrlhf_course.model.groups import make_optimizer
 
 from vlmrlhf_course.model.export import plain_model, save_adapter
 from vlmrlhf_course.model.family import FAMILIES
+from vlmrlhf_course.model.groups import make_optimizer
 from vlmrlhf_course.model.roles import Role, merged
 from vlmrlhf_course.model.vlm import VLM, answer, load_vlm, save_vlm, token_logprobs
 from vlmrlhf_course.rl.grpo import GRPO, GRPOConfig

@@ -18,11 +18,11 @@ from small_models import (
     with_settings,
 )
 from torch.testing import assert_close
-from vlmrlhf_course.model.groups import ParamGroup, clip_groups
 
 from vlmrlhf_course.base.launch import make_accelerator
 from vlmrlhf_course.base.records import read_jsonl
 from vlmrlhf_course.data.pairs import group_pairs
+from vlmrlhf_course.model.groups import ParamGroup, clip_groups
 from vlmrlhf_course.model.vlm import VLM, token_logprobs
 from vlmrlhf_course.rl.kl import full_kl
 from vlmrlhf_course.rl.loop import Learner, train

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_models import SMALL, SMALL_LORA, experience_of, reward_model, shake, small_ppo
 from torch import nn
-from vlmrlhf_course.model.groups import ParamGroup
 
 from vlmrlhf_course.base.launch import make_accelerator
 from vlmrlhf_course.data.pairs import group_pairs
+from vlmrlhf_course.model.groups import ParamGroup
 from vlmrlhf_course.model.vlm import VLM, token_logprobs
 from vlmrlhf_course.rl.loop import train
 from vlmrlhf_course.rl.ppo import PPO, PPOConfig

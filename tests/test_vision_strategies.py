@@ -8,20 +8,18 @@ import torch
 from report_models import full, make, prompts, shake  # noqa: F401 (fixture)
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.testing import assert_close
-from vlmrlhf_course.model.groups import clip_groups
 
 from vlmrlhf_course.base.config import build_config, recorded
 from vlmrlhf_course.base.launch import make_accelerator
 from vlmrlhf_course.base.metrics import log_rows
 from vlmrlhf_course.base.settings import UserError
+from vlmrlhf_course.model.groups import clip_groups, part_norms, resting
 from vlmrlhf_course.model.roles import LoRAConfig
 from vlmrlhf_course.model.vision import (
     PARTS,
     Modalities,
     Modality,
     by_modality,
-    part_norms,
-    resting,
 )
 from vlmrlhf_course.model.vlm import load_vlm
 from vlmrlhf_course.rl.grpo import GRPOConfig

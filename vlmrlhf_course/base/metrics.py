@@ -138,12 +138,12 @@ def close(self: MetricLog):
 
 # %% ../../nbs/98b_metrics.ipynb #small
 @contextmanager
-def drawing(seed: int, device: torch.device):
-    """Within this block PyTorch's random numbers depend on `seed` alone.
-
-    Outside of it nothing of that is seen."""
+def drawing(accelerator, *parts):
+    """Within this block PyTorch's random numbers depend on these parts, and on which process this
+    is, alone. Outside of it nothing of that is seen."""
+    device = accelerator.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed_of(*parts, accelerator.process_index))
         yield
 
 

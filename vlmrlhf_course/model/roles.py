@@ -234,6 +234,17 @@ def plain_layer(layer: BaseTunerLayer, *names: str) -> nn.Module:
         base.weight.data = base.weight.data.to(dtype)
     return base
 
+# %% ../../nbs/99b_roles.ipynb #roles-copied
+@patch
+def copied(self: Roles, like: str | None = None) -> nn.ModuleList:
+    """A copy of language model and output layer that learns. Raises UserError where each process
+    has a part of them."""
+    if is_shared_out(self.language):
+        fault = "a full copy learns, and stage 3 shares out what rests"
+        raise UserError(f"lora.r=0: {fault}; set launch.zero to 2, or give an adapter")
+    # copied together: an output layer that is tied to the words stays so
+    return _bare(copy.deepcopy(nn.ModuleList(self.parts(like))))
+
 # %% ../../nbs/99b_roles.ipynb #roles-2
 @patch
 def add_role(
@@ -247,18 +258,13 @@ def add_role(
 
     Raises UserError where an adapter would start from a copy, or a copy from an adapter."""
     copied = cfg.r == 0
-    if copied and is_shared_out(self.language):
-        fault = "a full copy learns, and stage 3 shares out what rests"
-        raise UserError(f"lora.r=0: {fault}; set launch.zero to 2, or give an adapter")
     if like and (self.role(like).copy is not None) != copied:
         kinds = {True: "a full copy", False: "an adapter"}
         raise UserError(
             f"role {like!r} is {kinds[not copied]}: {kinds[copied]} cannot start from it"
         )
     if copied:
-        # copied together: an output layer that is tied to the words stays so
-        copies = _bare(copy.deepcopy(nn.ModuleList(self.parts(like))))
-        self.roles[name] = Role(name, self.language, copies)
+        self.roles[name] = Role(name, self.language, self.copied(like))
         return self.roles[name]
     if any(name in brought(m) for m in self.lora_layers()):
         raise UserError(f"the model brings an adapter {name!r} of its own; call the role otherwise")

@@ -88,7 +88,7 @@ def tower_trains(self: Seeing) -> bool:
 
 
 @patch
-def forget(self: Seeing, role: str | None):
+def forget_seen(self: Seeing, role: str | None):
     "Drop the kept features that depend on a role's weights; None: on the trunk's, as all do."
     for key in [key for key in self._features if role is None or key[0] == role]:
         del self._features[key]

@@ -149,7 +149,7 @@ def picture_features(
     sums = [p.detach().sum(dtype=torch.float32) for p in weights]
     stamp, trains = torch.stack(sums).tolist(), any(p.requires_grad for p in weights)
     if stamp != self._stamps.get(role) or trains:
-        self.forget(role)
+        self.forget_seen(role)
     self._stamps[role] = stamp
     kept = {} if trains else self._features
     keys = {ref: (role, picture_key(ref)) for ref in images}

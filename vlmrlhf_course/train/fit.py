@@ -21,7 +21,7 @@ from torch import nn
 from ..base.checkpoints import Checkpoints
 from ..base.config import check_ranges
 from ..base.launch import make_accelerator
-from ..base.metrics import MetricLog, StepGuard, drawing, of_all, progress, seed_of
+from ..base.metrics import MetricLog, StepGuard, drawing, of_all, progress
 from ..base.settings import UserError
 from ..model.groups import ParamGroup, clip_groups, make_optimizer, set_rates
 from ..model.groups import resting
@@ -137,8 +137,7 @@ def fit(
 
     for step in progress(range(start, cfg.steps), f"training: {text}", "step"):
         set_rates(optimizer, groups, step)
-        drawn = seed_of(seed, text, step, accelerator.process_index)
-        with drawing(drawn, accelerator.device), resting(groups, step) as norms:
+        with drawing(accelerator, seed, text, step), resting(groups, step) as norms:
             loss, metrics = backward_through(ready, items_at(step), cfg.micro_batch, accelerator)
         norm = clip_groups(accelerator, groups, cfg.clip)
         if guard(step, loss, norm):
