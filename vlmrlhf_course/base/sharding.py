@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAUNCH', 'MOMENTS', 'LaunchConfig', 'asked', 'shared_out_as', 'check_sharding', 'deepspeed_config', 'Learned',
-           'ShardedOptimizer', 'Sharding', 'share_out', 'is_shared_out', 'anywhere', 'meeting']
+           'ShardedOptimizer', 'Sharding', 'share_out_layers', 'is_shared_out', 'anywhere', 'meeting']
 
 # %% ../../nbs/97b_sharding.ipynb #ce4769fb
 import importlib.util
@@ -215,11 +215,11 @@ def load_state_dict(self: ShardedOptimizer, state: dict):
         if own is None:
             continue
         step = own["step"].clone()
-        found = {name: _part(name, known, params, part) for name in MOMENTS}
+        found = {name: _own_part(name, known, params, part) for name in MOMENTS}
         self.zero.optimizer.state[part] = found | dict(step=step)
 
 
-def _part(name: str, known: list, params: list, part: torch.Tensor) -> torch.Tensor:
+def _own_part(name: str, known: list, params: list, part: torch.Tensor) -> torch.Tensor:
     "This process's part of a moment; where a weight has none yet, 0."
     moments = [torch.zeros_like(p) if x is None else x[name] for x, p in zip(known, params)]
     flat = torch.cat([x.flatten() for x in moments]).to(part)
@@ -240,7 +240,7 @@ class Sharding(Accelerator):
         self.release()
         weights = [p for group in optimizer.param_groups for p in group["params"]]
         cfg = asked()
-        config = deepspeed_config(min(cfg.zero, 2), cfg.offload)  # stage 3: see `share_out`
+        config = deepspeed_config(min(cfg.zero, 2), cfg.offload)  # stage 3: see `share_out_layers`
         Sharding.engine = _initialize(Learned(task, weights), config, optimizer)
         sharded = ShardedOptimizer(Sharding.engine, cfg.offload)
         self._models.append(task)
@@ -294,7 +294,7 @@ def free_memory(self: Sharding, *objects):
 _in_step = threading.Event()  # do processes pass layers together, from now on?
 
 
-def share_out(language: nn.Module):
+def share_out_layers(language: nn.Module):
     """Share out the layers of a language model that rests, where stage 3 is asked for.
 
     Raises UserError where it learns, or holds numbers of several kinds."""

@@ -19,7 +19,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from ..base.config import LATER, check_ranges
 from ..base.settings import UserError, nearest
-from ..base.sharding import asked, is_shared_out, share_out
+from ..base.sharding import asked, is_shared_out, share_out_layers
 from .groups import ParamGroup
 from .precision import HALF, at_least_single
 from .quantised import all_plain, is_quantised, with_adapters
@@ -390,4 +390,4 @@ def share_out(self: Roles):
         fault = "its layers are packed in four bits, which nobody has shared out yet"
     if fault:
         raise UserError(f"launch.zero=3: {fault}; set launch.zero to 2")
-    share_out(self.language)
+    share_out_layers(self.language)
