@@ -153,8 +153,8 @@ def all_of(folder, way, rank):
     few = way in ("zero 1", "offload")  # what they do otherwise than stage 2 is little
     for name in FITTED[:1] if few else FITTED:
         yield (name,), fitted(name, folder / name)
-    interrupted(folder / "half")
-    yield ("resumed",), fitted("sft", folder / "half")
+    interrupted(folder / "cut")
+    yield ("resumed",), fitted("sft", folder / "cut")
     for name in ("broken",) if few else RUNS:
         weights, rows = policy(name, folder / name, rank)
         yield from (((name,), weights), ((name, "rows"), rows))
@@ -247,14 +247,14 @@ def test_accidents_happen(two, way):
 def test_one_process_goes_on_where_two_were_cut_off(two, tmp_path, way):
     "A checkpoint does not know how many processes wrote it, nor what they shared out."
     _, folder = two
-    shutil.copytree(folder / cfg_name(way) / "half", tmp_path / "half")
-    last = tmp_path / "half" / "checkpoints" / "step-4"
+    shutil.copytree(folder / cfg_name(way) / "cut", tmp_path / "cut")
+    last = tmp_path / "cut" / "checkpoints" / "step-4"
     shutil.rmtree(last)
     with mock.patch.object(fit_room, "make_optimizer", gentle):
         alone = fitted("sft", tmp_path / "one")
-        went_on = fitted("sft", tmp_path / "half")
+        went_on = fitted("sft", tmp_path / "cut")
     assert far(went_on, alone) < 1e-5
-    rows = (tmp_path / "half" / "metrics.jsonl").read_text().splitlines()
+    rows = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [0, 1, 2, 3]
 
 
