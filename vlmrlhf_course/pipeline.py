@@ -12,11 +12,10 @@ import pkgutil
 from pathlib import Path
 from omegaconf import OmegaConf
 from .base.checkpoints import reading
-from .base.config import ARMS, OWN, arms_layer, load_layers
+from .base.config import ARMS, LAUNCH, OWN, arms_layer, load_layers
 from .base.config import merge_sections, recorded
 from .base.runs import Run, cached_run
 from .base.settings import UserError, home, nearest
-from .base.sharding import LAUNCH
 from .base.stages import MEANS, SOURCES, STAGES, TAKEN, WATCH, before, config_of
 from .base.stages import kind_of, launch_config, log_config, resolve, stage_names
 from .model.export import Head

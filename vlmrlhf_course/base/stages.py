@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Callable
 import torch
 from .boards import LogConfig, shown_on
-from .config import build_config
+from .config import LaunchConfig, build_config
 from .launch import share
 from .records import digest_of
 from .runs import Run
 from .settings import UserError, nearest
-from .sharding import LaunchConfig, shared_out_as
+from .sharding import shared_out_as
 
 # %% ../../nbs/90c_stages.ipynb #stage
 @dataclass

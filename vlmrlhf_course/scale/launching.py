@@ -10,8 +10,7 @@ import inspect
 import re
 import shlex
 from dataclasses import dataclass
-from ..base.config import check_choices, check_ranges
-from ..base.sharding import LaunchConfig
+from ..base.config import LaunchConfig, check_choices, check_ranges
 
 # %% ../../nbs/99rb_launching.ipynb #line
 PORT = 29500  # where the processes of several nodes meet
