@@ -1,6 +1,7 @@
 "Lines of which mutants that nobody chose have shown that no test noticed them."
 
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from vlmrlhf_course.base.metrics import of_all
 from vlmrlhf_course.data.pairs import text_fault
 from vlmrlhf_course.data.preferences import PreferencesConfig, sample_candidates
 from vlmrlhf_course.data.prompts import Prompt, Turn, question_of
+from vlmrlhf_course.model import vision
+from vlmrlhf_course.model.groups import ParamGroup
 from vlmrlhf_course.model.memory import FeatureCache, Seen
 from vlmrlhf_course.rl.algorithm import Algorithm, RLConfig, phase
 from vlmrlhf_course.rl.rollout import answer_figures
@@ -23,9 +26,12 @@ from vlmrlhf_course.train.reward import ScoreHead
 def test_an_algorithms_actor_learns_at_the_rate_of_its_phase():
     "Not at the factor on β, which stands beside it."
     cfg = RLConfig(iterations=10, warmup=0.2, finish=0.3, actor_lr=3e-4)
-    actor = SimpleNamespace(group=lambda lr, schedule: (lr, schedule))
-    ((lr, schedule),) = Algorithm.groups(SimpleNamespace(actor=actor, cfg=cfg))
-    assert lr == 3e-4
+    actor = SimpleNamespace(group=lambda lr, schedule: ParamGroup([], lr, schedule))
+    vlm = SimpleNamespace(family=None, model=None)
+    with mock.patch.object(vision, "parts_of", lambda vlm, params: {}):
+        (group,) = Algorithm.groups(SimpleNamespace(actor=actor, cfg=cfg, vlm=vlm))
+    schedule = group.schedule
+    assert group.peak == 3e-4
     assert [schedule(step) for step in range(10)] == [phase(step, cfg)[1] for step in range(10)]
     assert schedule(0) == 0.1 and schedule(5) == 1.0 and schedule(9) == 0.25
 

@@ -93,7 +93,9 @@ def shown(e: BaseException) -> str:
 def work(request: dict, cases: list[dict], write):
     "Define the learner's function, then answer case by case: a word on how it went, then outcomes."
     try:
-        function = function_in(request["cell"], request["function"], sys.modules[request["module"]])
+        function = function_in(
+            request["cell"], request["function"], module_named(request["module"])
+        )
     except BaseException as e:
         write(frame(shown(e)))
         return
