@@ -337,3 +337,29 @@ def test_checkpoints_of_another_algorithm_are_not_taken(tmp_path, monkeypatch):
         policy.__class__, policy.cfg = kind, cfg
         loop.train(policy, scores, pool, pool[:2], tmp_path / str(len(of)) / "arm")
     assert of[0] == of[1] != of[2]
+
+
+def tied(views: bool):
+    "Two layers that share a weight; or all weights are views of one flat tensor."
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    flat = torch.arange(15.0)
+    if not views:
+        return model
+    for p, piece in zip(model.parameters(), flat.split([9, 3, 3])):
+        p.data = piece.view(p.shape)
+    return model
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_tied_weights_and_views_of_one_tensor_come_back(tmp_path, views):
+    "As DeepSpeed lays them out: each weight is saved, a tied one once."
+    model, accelerator = tied(views), make_accelerator()
+    accelerator._models.append(model)
+    saved = Checkpoints(tmp_path, accelerator, of="a run")
+    saved.save(1, [])
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    for p in model.parameters():
+        p.data.zero_()
+    assert saved.load() == 1
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())

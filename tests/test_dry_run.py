@@ -219,6 +219,6 @@ def test_full_copies_are_refused_before_anything_is_read(capsys, zero, refused):
     main(words)
     said = capsys.readouterr().err
     assert ("launch.zero=3, reward.lora.r=0" in said) == refused
-    layers = recipe(launch=dict(gpus=8, zero=zero))
+    layers = recipe(launch=dict(gpus=8, zero=zero), sft=dict(lora=dict(r=0)))
     assert main(["sft", "--model", "7b", *OWN, "--config", layers, "--dry-run"]) in (0, 2)
     assert "launch.zero=3" not in capsys.readouterr().err

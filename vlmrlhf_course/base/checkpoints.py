@@ -10,6 +10,7 @@ __all__ = ['NO_MEMORY', 'PIECES', 'PIECE', 'reading', 'load_model', 'load_tensor
 import hashlib
 import json
 import os
+from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -301,7 +302,8 @@ def _leave_out(models, weights, place):
         rest = _at_rest(model)
         packed = tuple(f"{name}." for name in rest)  # scales of weights in four bits, say
         learned = {k: v for k, v in model.state_dict().items() if k not in rest}
-        weights[i] = {k: _of_its_own(v) for k, v in learned.items() if not k.startswith(packed)}
+        learned = {k: _of_its_own(v) for k, v in learned.items() if not k.startswith(packed)}
+        weights[i] = OrderedDict(learned)  # of such accelerate saves tied weights once
 
 
 def _bare(model):
