@@ -317,7 +317,7 @@ def _of_its_own(weight: torch.Tensor) -> torch.Tensor:
     size = weight.numel() * weight.element_size()
     return weight if weight.untyped_storage().nbytes() == size else weight.clone()
 
-
+# %% ../../nbs/98_checkpoints.ipynb #checkpoints-learned
 def _load_learned(models, place):
     "As accelerate calls it: load what learns, all of it, in the place of everything."
     state = load_file(Path(place) / "model.safetensors")

@@ -190,25 +190,6 @@ def _entries(text: str, path: str) -> Iterator[tuple[int, int]]:
     if text[at + 1 :].strip():
         raise json.JSONDecodeError("Extra data", text, at + 1)
 
-# %% ../../nbs/99ja_files.ipynb #lists-entries
-def _entries(text: str, path: str) -> Iterator[tuple[int, int]]:
-    "Where the entries of a list begin and end. Raises ValueError; UserError for another thing."
-    at, decoder = SPACE.match(text).end(), json.JSONDecoder()
-    if text[at : at + 1] != "[":
-        raise UserError(_no_list(path, json.loads(text)))
-    at = SPACE.match(text, at + 1).end()
-    more = text[at : at + 1] != "]"
-    while more:
-        _, end = decoder.raw_decode(text, at)
-        yield at, end
-        at = SPACE.match(text, end).end()
-        if text[at : at + 1] not in (",", "]"):
-            raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
-        more = text[at] == ","
-        at = SPACE.match(text, at + 1).end() if more else at
-    if text[at + 1 :].strip():
-        raise json.JSONDecodeError("Extra data", text, at + 1)
-
 # %% ../../nbs/99ja_files.ipynb #no-list
 def _no_list(path: str, value) -> str:
     "What to say of a file that holds one value."
