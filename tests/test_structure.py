@@ -250,6 +250,15 @@ def test_a_module_imports_its_own_package_relatively():
             assert not (absolute and node.module.startswith("vlmrlhf_course")), path.name
 
 
+def test_nothing_is_defined_twice():
+    "Such as by two hands that move one function; methods that are patched in belong to a class."
+    for path in MODULES:
+        bodies = ast.parse(path.read_text("utf-8")).body
+        named = [x for x in bodies if isinstance(x, (ast.FunctionDef, ast.ClassDef))]
+        plain = [x.name for x in named if "patch" not in map(ast.unparse, x.decorator_list)]
+        assert len(plain) == len({*plain}), f"{path.name}: {sorted(plain)}"
+
+
 def named_in(node: ast.stmt) -> set[str]:
     "The names that a statement gives to its module."
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
